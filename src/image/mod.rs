@@ -1,0 +1,128 @@
+//! A virtual disk: what a guest's byte range means, whatever the format.
+//!
+//! Raw files, qcow2 files and their chains, and a VM's view of either are all an [`Image`].
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::storage::{Storage, ZeroMode};
+use crate::sys::IoBuf;
+use crate::units::{GuestOffset, HostOffset};
+
+/// An operation on a virtual disk under way. It stays on the thread that began it.
+pub type ImageFuture<'a, T = ()> = Pin<Box<dyn Future<Output = Result<T>> + 'a>>;
+
+/// What a guest range is, answered from memory alone.
+pub enum Mapped {
+    /// The whole range is one extent of one host file, and stays so until `guard` is dropped.
+    Extent {
+        /// The file that holds it.
+        storage: Arc<dyn Storage>,
+        /// Where its first byte lies.
+        at: HostOffset,
+        /// Keeps the host range from being given to other data while I/O on it is under way.
+        guard: InFlight,
+    },
+    /// The whole range reads as zeros. (Never the answer for a write.)
+    Zeroes,
+    /// Memory alone does not tell, or there is more to it than one extent: use the operation itself.
+    Slow,
+}
+
+/// One I/O on a mapped extent under way; dropping it says that the I/O has ended.
+///
+/// A freed host cluster is handed out again only after every I/O that may still touch it has ended.
+#[derive(Debug, Default)]
+pub struct InFlight {
+    _token: Option<Arc<dyn Send + Sync + std::any::Any>>,
+}
+
+impl InFlight {
+    /// A guard for an image whose extents never move.
+    #[must_use]
+    pub fn none() -> Self {
+        Self { _token: None }
+    }
+
+    /// A guard that lives as long as `token` is held.
+    #[must_use]
+    pub fn holding(token: Arc<dyn Send + Sync + std::any::Any>) -> Self {
+        Self {
+            _token: Some(token),
+        }
+    }
+}
+
+/// What a range of a virtual disk holds in one layer of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocation {
+    /// The layer holds data.
+    Data,
+    /// The layer says that the range reads as zeros.
+    Zero,
+    /// The layer says nothing: the backing image decides, or zeros where there is none.
+    Unallocated,
+}
+
+/// The sizes that a device tells its guest, all in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// The smallest unit that can be addressed: 512 unless direct I/O needs more.
+    pub logical_block_size: u32,
+    /// The unit below which a first write has to copy or to read before it writes.
+    pub physical_block_size: u32,
+    /// The best size of a request.
+    pub optimal_io_size: u32,
+    /// The unit in which discarded room comes back.
+    pub discard_granularity: u32,
+}
+
+/// A virtual disk. Operations on ranges that overlap and are under way at the same time have no order.
+///
+/// Ranges that leave the disk fail with [`crate::error::ErrorKind::OutOfBounds`]; writes to a read-only
+/// disk with [`crate::error::ErrorKind::ReadOnly`].
+pub trait Image: Send + Sync {
+    /// The disk's length in bytes, as the guest sees it.
+    fn virtual_size(&self) -> u64;
+
+    /// Whether writes are refused.
+    fn is_read_only(&self) -> bool;
+
+    /// The sizes to tell a guest.
+    fn limits(&self) -> Limits;
+
+    /// Where `len` bytes at `at` can be read from: the fast path, without I/O, allocation or a lock held
+    /// afterwards.
+    fn map_read(&self, at: GuestOffset, len: u64) -> Mapped;
+
+    /// Where `len` bytes at `at` can be overwritten in place, no metadata changing: the fast path, as
+    /// [`Image::map_read`].
+    fn map_write(&self, at: GuestOffset, len: u64) -> Mapped;
+
+    /// Fills `buf` with the bytes at `at`.
+    fn read(&self, at: GuestOffset, buf: IoBuf) -> ImageFuture<'_>;
+
+    /// Writes all of `buf` at `at`; durable after a [`Image::flush`] that starts after the write has completed.
+    fn write(&self, at: GuestOffset, buf: IoBuf) -> ImageFuture<'_>;
+
+    /// Makes `len` bytes at `at` read as zeros.
+    fn write_zeroes(&self, at: GuestOffset, len: u64, mode: ZeroMode) -> ImageFuture<'_>;
+
+    /// Says that `len` bytes at `at` are no longer needed. They read as zeros or as before.
+    fn discard(&self, at: GuestOffset, len: u64) -> ImageFuture<'_>;
+
+    /// Makes every write that completed before this call durable.
+    fn flush(&self) -> ImageFuture<'_>;
+
+    /// What this layer alone, not its backing, holds at `at`, and for how many of the next `len` bytes (at least
+    /// one) the answer is the same.
+    fn allocation(&self, at: GuestOffset, len: u64) -> ImageFuture<'_, (Allocation, u64)>;
+
+    /// The image that decides where this one says nothing.
+    fn backing(&self) -> Option<&Arc<dyn Image>>;
+
+    /// The name for messages: the file's path.
+    fn name(&self) -> &str;
+}

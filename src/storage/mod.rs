@@ -1,0 +1,69 @@
+//! One host file (or memory, or a fault in place of either) as a byte-addressed store.
+//!
+//! Everything above reads and writes host bytes through [`Storage`] alone.
+
+mod memory;
+
+use std::future::Future;
+use std::pin::Pin;
+
+pub use memory::MemoryStorage;
+
+use crate::error::Result;
+use crate::sys::IoBuf;
+use crate::units::HostOffset;
+
+/// A storage operation under way. It stays on the thread that began it.
+pub type IoFuture<'a, T = ()> = Pin<Box<dyn Future<Output = Result<T>> + 'a>>;
+
+/// Whether a range that shall read as zeros may lose its room on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroMode {
+    /// Room may be given back: later writes may fail for want of it.
+    MayUnmap,
+    /// Room stays reserved.
+    KeepAllocated,
+}
+
+/// A byte-addressed store: asynchronous, shared by threads, without any order between operations that are
+/// under way at the same time.
+pub trait Storage: Send + Sync {
+    /// Fills `buf` with the bytes at `at`; what lies behind the end of the store reads as zeros.
+    ///
+    /// Any offset and length are taken; those aligned to [`Storage::alignment`] need no bounce buffer.
+    fn readv(&self, at: HostOffset, buf: IoBuf) -> IoFuture<'_>;
+
+    /// Writes all of `buf` at `at`, growing the store if it ends further on. Not durable before a
+    /// [`Storage::flush`] that starts after the write has completed.
+    fn writev(&self, at: HostOffset, buf: IoBuf) -> IoFuture<'_>;
+
+    /// Makes every write that completed before this call durable.
+    ///
+    /// # Errors
+    /// Once a flush has failed every later one fails too: what the failed one was to make durable may be gone.
+    fn flush(&self) -> IoFuture<'_>;
+
+    /// Says that the bytes are no longer needed: a hint, they read as anything afterwards.
+    fn discard(&self, at: HostOffset, len: u64) -> IoFuture<'_>;
+
+    /// Makes the bytes read as zeros, growing the store if they end further on.
+    fn write_zeroes(&self, at: HostOffset, len: u64, mode: ZeroMode) -> IoFuture<'_>;
+
+    /// Cuts or grows the store to `len` bytes; new bytes read as zeros.
+    fn set_len(&self, len: u64) -> IoFuture<'_>;
+
+    /// The store's present length in bytes.
+    fn len(&self) -> u64;
+
+    /// Whether the store has no bytes.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The granularity in bytes of offsets, lengths and memory that need no bounce buffer: 1 through the page
+    /// cache.
+    fn alignment(&self) -> u32;
+
+    /// The name for messages: the file's path.
+    fn name(&self) -> &str;
+}

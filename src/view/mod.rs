@@ -1,0 +1,1 @@
+//! What one VM sees of a shared disk, and what it may write.
