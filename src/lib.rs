@@ -19,10 +19,11 @@
 //! copy-on-write, compressed clusters, composed blocks) is a future on the worker's own executor, so
 //! that a miss never blocks another request.
 //!
-//! Imports point down this list only: `cli` → `vhost_user` → `virtio_blk` → `view` → {`image`,
-//! `qcow2`, `ext4`} → `storage` → `sys`. [`units`] and [`error`] are leaves. `qcow2` and `ext4` do not
+//! Imports point down this list only: `cli` → `vhost_user` → `virtio_blk` → `view` → `chain` →
+//! {`qcow2`, `ext4`} → `image` → `storage` → `sys`. [`units`] and [`error`] are leaves. `qcow2` and `ext4` do not
 //! know each other.
 
+pub mod chain;
 pub mod cli;
 pub mod error;
 pub mod ext4;

@@ -10,6 +10,7 @@ const LAYERS: &[&[&str]] = &[
     &["vhost_user"],
     &["virtio_blk"],
     &["view"],
+    &["chain"],
     &["qcow2", "ext4"],
     &["image"],
     &["storage"],
