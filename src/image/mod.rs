@@ -120,6 +120,12 @@ pub trait Image: Send + Sync {
     /// one) the answer is the same.
     fn allocation(&self, at: GuestOffset, len: u64) -> ImageFuture<'_, (Allocation, u64)>;
 
+    /// Says that a front-end has taken the disk over, before its first request is served: whatever depends on what
+    /// its guest has done since is to start anew. A view looks here whether the guest has a journal to replay.
+    fn begin_session(&self) -> ImageFuture<'_> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// The image that decides where this one says nothing.
     fn backing(&self) -> Option<&Arc<dyn Image>>;
 
