@@ -1,8 +1,152 @@
 //! The command line: clap types, and one file per verb.
+//!
+//! To add a verb: a file with its arguments (`#[derive(clap::Args)]`) and their `run`, and its name in
+//! [`verbs!`] below.
+//!
+//! VMMs start a vhost-user back-end with options alone, so `serve` may be left out: arguments that begin with an
+//! option are `serve`'s.
 
+pub mod options;
+pub mod output;
+
+use std::ffi::OsString;
 use std::process::ExitCode;
 
+use clap::{Parser, Subcommand};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// The verb of arguments that name none.
+const DEFAULT_VERB: &str = "serve";
+
+/// Options in front of any verb, which are not the default verb's.
+const GLOBAL_OPTIONS: &[&str] = &["-h", "--help", "-V", "--version"];
+
+const FAILURE: u8 = 1;
+const USAGE: u8 = 2;
+
+macro_rules! verbs {
+    ($($(#[$doc:meta])* $name:ident in $module:ident;)*) => {
+        $(pub mod $module;)*
+
+        #[derive(Subcommand)]
+        enum Verb {
+            $($(#[$doc])* $name($module::$name),)*
+        }
+
+        impl Verb {
+            fn run(self) -> Result<()> {
+                match self {
+                    $(Self::$name(arguments) => arguments.run(),)*
+                }
+            }
+        }
+    };
+}
+
+verbs!();
+
+/// Disks for VMs that see through their copy-on-write overlays to a base image that stays writable.
+#[derive(Parser)]
+#[command(name = "seethrough", version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
 /// Runs the program; the exit code is 0 on success, 1 on a failure and 2 on a usage error.
+#[must_use]
 pub fn main() -> ExitCode {
-    ExitCode::from(2)
+    start_logging();
+    let arguments = match Arguments::try_parse_from(with_verb(std::env::args_os())) {
+        Ok(arguments) => arguments,
+        Err(error) => return report_usage(&error),
+    };
+    match arguments.verb.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("seethrough: {error}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+/// Arguments that make no sense together are found by the verbs, and are as much a usage error as those that
+/// clap finds.
+fn exit_code(error: &Error) -> u8 {
+    match error.kind() {
+        ErrorKind::InvalidConfig => USAGE,
+        _ => FAILURE,
+    }
+}
+
+/// Logs to standard error, warnings and worse; a verb that has an option for it calls [`log::set_max_level`].
+fn start_logging() {
+    env_logger::Builder::new()
+        .filter_level(log::LevelFilter::Trace)
+        .init();
+    log::set_max_level(log::LevelFilter::Warn);
+}
+
+/// Puts the default verb in front of arguments that begin with an option.
+fn with_verb(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = arguments.into_iter().collect();
+    let is_option = arguments
+        .get(1)
+        .and_then(|first| first.to_str())
+        .is_some_and(|first| first.starts_with('-') && !GLOBAL_OPTIONS.contains(&first));
+    if is_option {
+        arguments.insert(1, DEFAULT_VERB.into());
+    }
+    arguments
+}
+
+/// Prints what clap has to say: help and version to standard output, mistakes to standard error.
+fn report_usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        // A reader that goes away has seen what it wanted.
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let text = error.to_string();
+    eprint!(
+        "seethrough: {}",
+        text.strip_prefix("error: ").unwrap_or(&text)
+    );
+    ExitCode::from(USAGE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn completed(arguments: &[&str]) -> Vec<OsString> {
+        with_verb(arguments.iter().map(OsString::from))
+    }
+
+    #[test]
+    fn the_verbs_are_well_formed() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn options_without_a_verb_are_those_of_serve() {
+        assert_eq!(
+            completed(&["seethrough", "--socket-path=s", "--blk-file=f"]),
+            ["seethrough", "serve", "--socket-path=s", "--blk-file=f"]
+        );
+        assert_eq!(
+            completed(&["seethrough", "--print-capabilities"]),
+            ["seethrough", "serve", "--print-capabilities"]
+        );
+        for kept in [
+            &["seethrough"][..],
+            &["seethrough", "--help"],
+            &["seethrough", "info", "--output"],
+        ] {
+            assert_eq!(completed(kept), kept);
+        }
+    }
 }
