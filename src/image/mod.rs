@@ -2,9 +2,13 @@
 //!
 //! Raw files, qcow2 files and their chains, and a VM's view of either are all an [`Image`].
 
+mod raw;
+
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+
+pub use raw::RawImage;
 
 use crate::error::Result;
 use crate::storage::{Storage, ZeroMode};
@@ -13,6 +17,15 @@ use crate::units::{GuestOffset, HostOffset};
 
 /// An operation on a virtual disk under way. It stays on the thread that began it.
 pub type ImageFuture<'a, T = ()> = Pin<Box<dyn Future<Output = Result<T>> + 'a>>;
+
+/// Whether an image may be changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Writes are refused.
+    ReadOnly,
+    /// Writes are served.
+    ReadWrite,
+}
 
 /// What a guest range is, answered from memory alone.
 pub enum Mapped {
