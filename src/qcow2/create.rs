@@ -1,0 +1,449 @@
+//! Writing a new, empty image.
+//!
+//! ```text
+//! cluster 0      1                                                                     metadata's end
+//! ├─ header ─┼─ refcount table ─┼─ refcount blocks ─┼─ L1 table ─┤
+//! ```
+//!
+//! The header is written last, behind a flush: a file whose creation was cut short is no image at all.
+
+use std::ffi::OsString;
+
+use super::features::{AutoclearFeatures, CompatibleFeatures, FeatureType, IncompatibleFeatures};
+use super::header::{CompressionType, Header, MAX_L1_TABLE_BYTES, Version};
+use super::header_extension::{ExtensionType, feature_name_table};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::storage::Storage;
+use crate::sys::IoBuf;
+use crate::units::{HostOffset, SECTOR_SIZE};
+
+/// What L2 entries look like.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum L2Entries {
+    /// 64 bits: a cluster is allocated as a whole.
+    #[default]
+    Standard,
+    /// 128 bits: 32 subclusters of each cluster are allocated one by one (`extended_l2=on`).
+    Extended,
+}
+
+/// When refcounts are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RefcountUpdates {
+    /// With every allocation.
+    #[default]
+    Eager,
+    /// Later, the dirty bit being set meanwhile (`lazy_refcounts=on`).
+    Lazy,
+}
+
+/// The backing file that a new image names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingReference {
+    /// The name, relative to the new image's directory unless it is absolute.
+    pub file: OsString,
+    /// The backing file's format, as the header says it: `raw` or `qcow2`.
+    pub format: String,
+}
+
+/// What a new image shall be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// The virtual size in bytes; rounded up to a sector.
+    pub size: u64,
+    /// `compat`.
+    pub version: Version,
+    /// Bytes in a cluster.
+    pub cluster_size: u64,
+    /// `extended_l2`.
+    pub l2_entries: L2Entries,
+    /// Bits in a refcount.
+    pub refcount_bits: u64,
+    /// `lazy_refcounts`.
+    pub refcount_updates: RefcountUpdates,
+    /// `compression_type`.
+    pub compression_type: CompressionType,
+    /// The backing file.
+    pub backing: Option<BackingReference>,
+}
+
+impl CreateOptions {
+    /// The defaults of `qemu-img create -f qcow2`.
+    #[must_use]
+    pub fn new(size: u64) -> Self {
+        Self {
+            size,
+            version: Version::V3,
+            cluster_size: 65536,
+            l2_entries: L2Entries::Standard,
+            refcount_bits: 16,
+            refcount_updates: RefcountUpdates::Eager,
+            compression_type: CompressionType::Deflate,
+            backing: None,
+        }
+    }
+
+    /// The header of such an image, its tables not placed yet.
+    fn header(&self) -> Result<Header> {
+        if !self.cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&self.cluster_size) {
+            return invalid(format!(
+                "cluster_size={}: it must be a power of two between 512 and 2M",
+                self.cluster_size
+            ));
+        }
+        if !self.refcount_bits.is_power_of_two() || self.refcount_bits > 64 {
+            return invalid(format!(
+                "refcount_bits={}: it must be a power of two and at most 64",
+                self.refcount_bits
+            ));
+        }
+        if self.l2_entries == L2Entries::Extended && self.cluster_size < 16 << 10 {
+            return invalid("extended_l2=on needs a cluster_size of at least 16k");
+        }
+        if self.version == Version::V2 {
+            self.check_version_2()?;
+        }
+        let size = self
+            .size
+            .checked_next_multiple_of(SECTOR_SIZE)
+            .filter(|size| i64::try_from(*size).is_ok());
+        let Some(size) = size else {
+            return invalid(format!("a disk of {} bytes is beyond 63 bits", self.size));
+        };
+        let mut header = Header::new(self.version, self.cluster_size.trailing_zeros(), size);
+        header.refcount_order = self.refcount_bits.trailing_zeros();
+        header.compression_type = self.compression_type;
+        if self.l2_entries == L2Entries::Extended {
+            header.incompatible_features = IncompatibleFeatures::EXTENDED_L2;
+        }
+        if self.compression_type != CompressionType::Deflate {
+            header.incompatible_features = header
+                .incompatible_features
+                .with(IncompatibleFeatures::COMPRESSION_TYPE);
+        }
+        if self.refcount_updates == RefcountUpdates::Lazy {
+            header.compatible_features = CompatibleFeatures::LAZY_REFCOUNTS;
+        }
+        if let Some(backing) = &self.backing {
+            header.backing_file = Some(backing.file.clone());
+            header.extensions.set(
+                ExtensionType::BACKING_FORMAT,
+                backing.format.clone().into_bytes(),
+            );
+        }
+        Ok(header)
+    }
+
+    fn check_version_2(&self) -> Result<()> {
+        let defaults = Self::new(self.size);
+        let newer = [
+            ("extended_l2=on", self.l2_entries != defaults.l2_entries),
+            (
+                "a refcount width other than 16",
+                self.refcount_bits != defaults.refcount_bits,
+            ),
+            (
+                "lazy_refcounts=on",
+                self.refcount_updates != defaults.refcount_updates,
+            ),
+            (
+                "a compression type other than zlib",
+                self.compression_type != defaults.compression_type,
+            ),
+        ];
+        match newer.iter().find(|(_, asked)| *asked) {
+            Some((name, _)) => invalid(format!("{name} needs compat=1.1 or newer")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Makes `storage`, which holds nothing that is still needed, a new image.
+///
+/// # Errors
+/// [`ErrorKind::InvalidConfig`] for options that contradict each other or a limit of the format; the storage's own.
+pub async fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
+    let mut header = options.header()?;
+    let layout = Layout::plan(&mut header)?;
+    add_feature_names(&mut header);
+    let first_cluster = header.encode()?;
+
+    storage.set_len(0).await?;
+    storage
+        .set_len(layout.clusters * header.cluster_size())
+        .await?;
+    layout.write_refcounts(storage, &header).await?;
+    storage.flush().await?;
+    storage
+        .writev(HostOffset(0), IoBuf::from_bytes(&first_cluster))
+        .await?;
+    storage.flush().await
+}
+
+/// Which clusters hold what; all of them are metadata, with refcount 1.
+struct Layout {
+    refcount_blocks_at: HostOffset,
+    refcount_blocks: u64,
+    clusters: u64,
+}
+
+impl Layout {
+    /// Places the tables and enters them in the header.
+    fn plan(header: &mut Header) -> Result<Self> {
+        let cluster_size = header.cluster_size();
+        let l1_entries = header.l1_entries_for(header.size);
+        if l1_entries * 8 > MAX_L1_TABLE_BYTES {
+            return invalid(format!(
+                "a disk of {} bytes needs an L1 table beyond {MAX_L1_TABLE_BYTES} bytes: use a larger cluster_size",
+                header.size
+            ));
+        }
+        let l1_clusters = (l1_entries * 8).div_ceil(cluster_size);
+        let block_entries = cluster_size * 8 / u64::from(header.refcount_bits());
+        // Blocks and table count themselves: grow them until they cover everything.
+        let (mut refcount_blocks, mut table_clusters) = (1, 1);
+        let clusters = loop {
+            let clusters = 1 + table_clusters + refcount_blocks + l1_clusters;
+            let blocks_needed = clusters.div_ceil(block_entries);
+            let table_needed = (blocks_needed * 8).div_ceil(cluster_size);
+            if blocks_needed <= refcount_blocks && table_needed <= table_clusters {
+                break clusters;
+            }
+            (refcount_blocks, table_clusters) = (blocks_needed, table_needed);
+        };
+        let refcount_blocks_at = HostOffset((1 + table_clusters) * cluster_size);
+        header.refcount_table_offset = HostOffset(cluster_size);
+        header.refcount_table_clusters = narrow(table_clusters)?;
+        header.l1_size = narrow(l1_entries)?;
+        if l1_entries > 0 {
+            header.l1_table_offset =
+                HostOffset(refcount_blocks_at.0 + refcount_blocks * cluster_size);
+        }
+        Ok(Self {
+            refcount_blocks_at,
+            refcount_blocks,
+            clusters,
+        })
+    }
+
+    async fn write_refcounts(&self, storage: &dyn Storage, header: &Header) -> Result<()> {
+        let cluster_size = header.cluster_size();
+        let table: Vec<u8> = (0..self.refcount_blocks)
+            .flat_map(|block| (self.refcount_blocks_at.0 + block * cluster_size).to_be_bytes())
+            .collect();
+        storage
+            .writev(header.refcount_table_offset, IoBuf::from_bytes(&table))
+            .await?;
+        let ones = refcounts_of_one(self.clusters, header.refcount_bits());
+        storage
+            .writev(self.refcount_blocks_at, IoBuf::from_bytes(&ones))
+            .await
+            .context(|| "writing refcounts")
+    }
+}
+
+/// `count` refcounts of 1, packed as in a refcount block: entries of less than a byte lowest bits first, wider
+/// ones big-endian.
+fn refcounts_of_one(count: u64, bits: u32) -> Vec<u8> {
+    let len = usize::try_from((count * u64::from(bits)).div_ceil(8))
+        .expect("metadata of an empty image is small");
+    let mut bytes = vec![0; len];
+    for index in 0..count {
+        let bit = index * u64::from(bits);
+        // The lowest bit of a wide entry is in its last byte.
+        let byte = usize::try_from(bit / 8 + u64::from(bits / 8).saturating_sub(1)).ok();
+        if let Some(byte) = byte.and_then(|byte| bytes.get_mut(byte)) {
+            *byte |= 1 << (bit % 8);
+        }
+    }
+    bytes
+}
+
+/// Names for every feature bit, for programs that will not know them. Left out where the first cluster is too
+/// small for it.
+fn add_feature_names(header: &mut Header) {
+    if header.version == Version::V2 {
+        return;
+    }
+    let of = |feature_type, known: &'static [(u8, &'static str)]| {
+        known
+            .iter()
+            .map(move |(bit, name)| (feature_type, *bit, *name))
+    };
+    let names = of(FeatureType::Incompatible, IncompatibleFeatures::KNOWN)
+        .chain(of(FeatureType::Compatible, CompatibleFeatures::KNOWN))
+        .chain(of(FeatureType::Autoclear, AutoclearFeatures::KNOWN));
+    let mut named = header.clone();
+    named
+        .extensions
+        .set(ExtensionType::FEATURE_NAME_TABLE, feature_name_table(names));
+    if named.encode().is_ok() {
+        *header = named;
+    }
+}
+
+fn narrow(count: u64) -> Result<u32> {
+    u32::try_from(count).map_err(|_| {
+        Error::new(
+            ErrorKind::InvalidConfig,
+            "the image's tables are too large: use a larger cluster_size",
+        )
+    })
+}
+
+fn invalid<T>(what: impl Into<Box<str>>) -> Result<T> {
+    Err(Error::new(ErrorKind::InvalidConfig, what))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::MemoryStorage;
+    use crate::sys::block_on;
+
+    fn created(options: &CreateOptions) -> Result<(Header, Vec<u8>)> {
+        let storage = MemoryStorage::new(vec![0xee; 100]);
+        block_on(create(&storage, options))?;
+        let bytes = storage.contents();
+        Ok((Header::parse(&bytes)?, bytes))
+    }
+
+    #[test]
+    fn a_new_image_says_what_was_asked_for() {
+        let options = CreateOptions {
+            cluster_size: 128 << 10,
+            l2_entries: L2Entries::Extended,
+            refcount_bits: 1,
+            refcount_updates: RefcountUpdates::Lazy,
+            compression_type: CompressionType::Zstd,
+            backing: Some(BackingReference {
+                file: "base.raw".into(),
+                format: "raw".to_owned(),
+            }),
+            ..CreateOptions::new((1 << 30) - 100)
+        };
+        let (header, bytes) = created(&options).unwrap();
+        assert_eq!(header.size, 1 << 30);
+        assert_eq!(header.cluster_size(), 128 << 10);
+        assert!(header.has_extended_l2());
+        assert_eq!(header.refcount_bits(), 1);
+        assert_eq!(
+            header.compatible_features,
+            CompatibleFeatures::LAZY_REFCOUNTS
+        );
+        assert_eq!(header.compression_type, CompressionType::Zstd);
+        assert_eq!(header.backing_file.as_deref(), Some("base.raw".as_ref()));
+        assert_eq!(header.backing_format(), Some("raw".as_ref()));
+        assert_eq!(bytes.len(), 4 * (128 << 10));
+        assert_eq!(bytes[2 * (128 << 10)], 0b1111);
+    }
+
+    #[test]
+    fn refcounts_are_packed_lowest_bits_first_and_big_endian() {
+        assert_eq!(refcounts_of_one(9, 1), [0xff, 1]);
+        assert_eq!(refcounts_of_one(3, 2), [0b01_0101]);
+        assert_eq!(refcounts_of_one(2, 8), [1, 1]);
+        assert_eq!(refcounts_of_one(2, 16), [0, 1, 0, 1]);
+        assert_eq!(refcounts_of_one(1, 64), [0, 0, 0, 0, 0, 0, 0, 1]);
+    }
+
+    #[test]
+    fn refcount_blocks_cover_themselves_and_a_large_l1_table() {
+        let options = CreateOptions {
+            cluster_size: 512,
+            refcount_bits: 64,
+            ..CreateOptions::new(8 << 30)
+        };
+        let (header, bytes) = created(&options).unwrap();
+        let clusters = bytes.len() / 512;
+        let blocks_at =
+            header.refcount_table_offset.0 + u64::from(header.refcount_table_clusters) * 512;
+        let blocks = (header.l1_table_offset.0 - blocks_at) / 512;
+        assert!(blocks as usize * 64 >= clusters);
+        assert!(u64::from(header.refcount_table_clusters) * 64 >= blocks);
+    }
+
+    #[test]
+    fn options_that_cannot_be_are_refused() {
+        let good = CreateOptions::new(1 << 20);
+        let wrong = [
+            CreateOptions {
+                cluster_size: 256,
+                ..good.clone()
+            },
+            CreateOptions {
+                cluster_size: 4 << 20,
+                ..good.clone()
+            },
+            CreateOptions {
+                cluster_size: 65537,
+                ..good.clone()
+            },
+            CreateOptions {
+                refcount_bits: 0,
+                ..good.clone()
+            },
+            CreateOptions {
+                refcount_bits: 24,
+                ..good.clone()
+            },
+            CreateOptions {
+                refcount_bits: 128,
+                ..good.clone()
+            },
+            CreateOptions {
+                l2_entries: L2Entries::Extended,
+                cluster_size: 8192,
+                ..good.clone()
+            },
+            CreateOptions {
+                version: Version::V2,
+                refcount_bits: 8,
+                ..good.clone()
+            },
+            CreateOptions {
+                version: Version::V2,
+                l2_entries: L2Entries::Extended,
+                ..good.clone()
+            },
+            CreateOptions {
+                size: u64::MAX,
+                ..good.clone()
+            },
+            CreateOptions {
+                size: 1 << 62,
+                ..good.clone()
+            },
+            CreateOptions {
+                cluster_size: 512,
+                size: 1 << 40,
+                ..good.clone()
+            },
+        ];
+        for (case, options) in wrong.iter().enumerate() {
+            let error = created(options).expect_err(&format!("case {case} passed"));
+            assert_eq!(
+                error.kind(),
+                ErrorKind::InvalidConfig,
+                "case {case}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn feature_names_are_left_out_where_they_do_not_fit() {
+        let options = CreateOptions {
+            cluster_size: 512,
+            backing: Some(BackingReference {
+                file: "base.qcow2".into(),
+                format: "qcow2".to_owned(),
+            }),
+            ..CreateOptions::new(1 << 20)
+        };
+        let (header, _) = created(&options).unwrap();
+        assert_eq!(header.extension(ExtensionType::FEATURE_NAME_TABLE), None);
+        let (header, _) = created(&CreateOptions::new(1 << 20)).unwrap();
+        let table = header.extension(ExtensionType::FEATURE_NAME_TABLE).unwrap();
+        assert_eq!(table.len(), 8 * 48);
+    }
+}
