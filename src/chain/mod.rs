@@ -1,1 +1,4 @@
-//! Opening images by their explicit format: backing chains, locks, and one object per file however many VMs use it.
+//! Opening images: by an explicit format, with their backing chains and their locks, each file once.
+
+pub mod backing;
+pub mod format;

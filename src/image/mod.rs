@@ -3,12 +3,14 @@
 //! Raw files, qcow2 files and their chains, and a VM's view of either are all an [`Image`].
 
 mod raw;
+mod read_only;
 
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
 pub use raw::RawImage;
+pub use read_only::ReadOnlyImage;
 
 use crate::error::Result;
 use crate::storage::{Storage, ZeroMode};

@@ -27,6 +27,8 @@ use crate::units::{HostOffset, SECTOR_SIZE};
 /// The first four bytes of every qcow2 file: "QFI" and 0xfb.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 
+/// Bytes of a version 2 header.
+pub(super) const V2_LENGTH: u32 = 72;
 /// Bytes of the fields that every version 3 header has.
 pub(super) const V3_LENGTH: u32 = 104;
 /// Bytes of a version 3 header with the compression type, as images are created.
@@ -236,14 +238,23 @@ impl Header {
             bytes.extend(self.compatible_features.0.to_be_bytes());
             bytes.extend(self.autoclear_features.0.to_be_bytes());
             bytes.extend(self.refcount_order.to_be_bytes());
-            let additional = u32::try_from(self.additional_fields.len()).unwrap_or(u32::MAX);
-            bytes.extend(V3_LENGTH.saturating_add(additional).to_be_bytes());
+            let length = u32::try_from(self.header_length()).unwrap_or(u32::MAX);
+            bytes.extend(length.to_be_bytes());
             bytes.extend(self.additional_fields.iter().take(8));
             if let Some(compression_type) = bytes.get_mut(V3_LENGTH as usize) {
                 *compression_type = self.compression_type.to_byte();
             }
         }
         bytes
+    }
+
+    /// Bytes of the fixed fields, known and unknown.
+    #[must_use]
+    pub fn header_length(&self) -> usize {
+        match self.version {
+            Version::V2 => V2_LENGTH as usize,
+            Version::V3 => V3_LENGTH as usize + self.additional_fields.len(),
+        }
     }
 
     /// The size of a cluster in bytes.

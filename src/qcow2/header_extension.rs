@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 const END: ExtensionType = ExtensionType(0);
 
 /// Bytes of an extension's type and length in front of its data.
-const PREFIX: usize = 8;
+pub(super) const PREFIX: usize = 8;
 
 /// Every extension starts on a multiple of this.
 const ALIGNMENT: usize = 8;
@@ -113,6 +113,16 @@ impl HeaderExtensions {
         }
         out.extend([0; PREFIX]);
         Ok(())
+    }
+
+    /// Bytes of the list without the mark of its end.
+    #[must_use]
+    pub fn encoded_len(&self) -> usize {
+        let len = |extension: &Extension| extension.data.len().next_multiple_of(ALIGNMENT);
+        self.list
+            .iter()
+            .map(|extension| PREFIX + len(extension))
+            .sum()
     }
 
     /// The data of the extension of this type.

@@ -7,14 +7,12 @@ use std::os::unix::ffi::OsStringExt;
 use super::features::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
 use super::header::{
     CompressionType, Header, MAGIC, MAX_BACKING_NAME, MAX_HOST_OFFSET, MAX_L1_TABLE_BYTES,
-    MAX_REFCOUNT_TABLE_BYTES, V3_LENGTH, Version,
+    MAX_REFCOUNT_TABLE_BYTES, V2_LENGTH, V3_LENGTH, Version,
 };
 use super::header_extension::HeaderExtensions;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::HostOffset;
 
-/// Bytes of a version 2 header.
-const V2_LENGTH: u32 = 72;
 /// Cluster sizes are 2 to the power of this: 512 bytes to 2 MiB.
 const CLUSTER_BITS: RangeInclusive<u32> = 9..=21;
 /// With extended L2 entries at least 16 KiB, so that a subcluster has 512 bytes.

@@ -6,4 +6,5 @@ pub mod features;
 pub mod header;
 pub mod header_extension;
 mod header_parse;
+pub mod header_update;
 mod supported;

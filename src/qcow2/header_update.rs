@@ -1,0 +1,234 @@
+//! Setting a header extension of an existing image so that a power cut leaves the old header or the new one.
+//!
+//! ```text
+//! before  ├─ fields ─┼─ extensions ─┼─ end mark ─┼─ backing file name ─┤
+//! after   ├─ fields ─┼─ extensions ─┼─ new extension ─┼─ end mark ─┼─ backing file name ─┤
+//! ```
+//!
+//! # Invariants
+//!
+//! 1. Everything is written where the header in force does not look, and made durable. Then one write inside one
+//!    sector brings it into force: of the name's offset, and after that of the extension in place of the end mark.
+//! 2. An extension that was there already is superseded by a later one of its type, and stays until room is short.
+
+use super::header::Header;
+use super::header_extension::{ExtensionType, HeaderExtensions, PREFIX};
+use crate::error::Result;
+use crate::storage::Storage;
+use crate::sys::IoBuf;
+use crate::units::HostOffset;
+
+/// Sets an extension of the image in `storage`, which nobody has open: whoever has would not learn of it, and might
+/// write the old header back.
+///
+/// # Errors
+/// [`ErrorKind::InvalidConfig`] if the extension does not fit the first cluster, and nothing is changed; those of
+/// [`Header::read`] and of the storage.
+pub async fn set_extension(
+    storage: &dyn Storage,
+    extension_type: ExtensionType,
+    data: &[u8],
+) -> Result<()> {
+    let header = Header::read(storage).await?;
+    header.require_writable()?;
+    if header.extension(extension_type) == Some(data) {
+        return Ok(());
+    }
+    match Append::plan(&header, extension_type, data) {
+        Some(append) => append.run(storage, header).await,
+        None => {
+            let mut header = header.with_extension(extension_type, data.to_vec());
+            let cluster = header.encode()?;
+            put(storage, 0, &cluster).await
+        }
+    }
+}
+
+/// Where things go when an extension is added behind all others.
+struct Append {
+    /// The new extension and the new end mark.
+    extension: Vec<u8>,
+    /// The end mark in force, which the new extension replaces.
+    end_mark: usize,
+    /// Where the backing file name goes, if it has to make room.
+    name_at: Option<usize>,
+}
+
+impl Append {
+    /// `None` if there is no room to do it in safe steps.
+    fn plan(header: &Header, extension_type: ExtensionType, data: &[u8]) -> Option<Self> {
+        let mut added = HeaderExtensions::default();
+        added.set(extension_type, data.to_vec());
+        let mut extension = Vec::new();
+        added.encode(&mut extension).ok()?;
+
+        let cluster = usize::try_from(header.cluster_size()).ok()?;
+        let area_end = match header.backing_file_offset {
+            0 => cluster,
+            offset => usize::try_from(offset).ok()?,
+        };
+        let end_mark = header.header_length() + header.extensions.encoded_len();
+        if end_mark + PREFIX > area_end {
+            // The list ends with its area, and has no end mark that could be replaced.
+            return None;
+        }
+        let new_end = end_mark.checked_add(extension.len())?;
+        let name_at = if new_end <= area_end {
+            None
+        } else {
+            let name_len = header.backing_file.as_ref()?.len();
+            let behind_both = new_end.max(area_end + name_len);
+            (behind_both + name_len <= cluster).then_some(Some(behind_both))?
+        };
+        Some(Self {
+            extension,
+            end_mark,
+            name_at,
+        })
+    }
+
+    async fn run(&self, storage: &dyn Storage, mut header: Header) -> Result<()> {
+        if let (Some(at), Some(name)) = (self.name_at, header.backing_file.as_ref()) {
+            put(storage, at, name.as_encoded_bytes()).await?;
+            header.backing_file_offset = at as u64;
+            put(storage, 0, &header.encode_fields()).await?;
+        }
+        let (prefix, behind) = self.extension.split_at(PREFIX);
+        put(storage, self.end_mark + PREFIX, behind).await?;
+        put(storage, self.end_mark, prefix).await
+    }
+}
+
+/// Writes and makes durable.
+async fn put(storage: &dyn Storage, at: usize, bytes: &[u8]) -> Result<()> {
+    storage
+        .writev(HostOffset(at as u64), IoBuf::from_bytes(bytes))
+        .await?;
+    storage.flush().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{Error, ErrorKind};
+    use crate::qcow2::header::Version;
+    use crate::qcow2::header_extension::SEETHROUGH_EXTENSION;
+    use crate::storage::{IoFuture, MemoryStorage, ZeroMode};
+    use crate::sys::block_on;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    /// Fails every write after the first few, in whose place it leaves nothing.
+    struct PowerCut {
+        storage: MemoryStorage,
+        writes_left: AtomicU64,
+    }
+
+    impl Storage for PowerCut {
+        fn readv(&self, at: HostOffset, buf: IoBuf) -> IoFuture<'_> {
+            self.storage.readv(at, buf)
+        }
+        fn writev(&self, at: HostOffset, buf: IoBuf) -> IoFuture<'_> {
+            let left = self.writes_left.load(Ordering::Relaxed);
+            if left == 0 {
+                let error = Error::new(ErrorKind::Io, "power cut");
+                return Box::pin(std::future::ready(Err(error)));
+            }
+            self.writes_left.store(left - 1, Ordering::Relaxed);
+            self.storage.writev(at, buf)
+        }
+        fn flush(&self) -> IoFuture<'_> {
+            self.storage.flush()
+        }
+        fn discard(&self, at: HostOffset, len: u64) -> IoFuture<'_> {
+            self.storage.discard(at, len)
+        }
+        fn write_zeroes(&self, at: HostOffset, len: u64, mode: ZeroMode) -> IoFuture<'_> {
+            self.storage.write_zeroes(at, len, mode)
+        }
+        fn set_len(&self, len: u64) -> IoFuture<'_> {
+            self.storage.set_len(len)
+        }
+        fn len(&self) -> u64 {
+            self.storage.len()
+        }
+        fn alignment(&self) -> u32 {
+            1
+        }
+        fn name(&self) -> &str {
+            "power cut"
+        }
+    }
+
+    fn header(backing: Option<&str>) -> Header {
+        let mut header = Header::new(Version::V3, 12, 1 << 20);
+        header.l1_size = 1;
+        header.l1_table_offset = HostOffset(3 << 12);
+        header.refcount_table_offset = HostOffset(1 << 12);
+        header.refcount_table_clusters = 1;
+        header.backing_file = backing.map(Into::into);
+        header.with_extension(ExtensionType(0x1234), b"another program's".to_vec())
+    }
+
+    fn set(storage: &dyn Storage, data: &[u8]) -> Result<()> {
+        block_on(set_extension(storage, SEETHROUGH_EXTENSION, data))
+    }
+
+    fn declared(storage: &dyn Storage) -> Option<Vec<u8>> {
+        let header = block_on(Header::read(storage)).unwrap();
+        header.extension(SEETHROUGH_EXTENSION).map(<[u8]>::to_vec)
+    }
+
+    #[test]
+    fn after_a_power_cut_the_old_header_or_the_new_one_is_there() {
+        for backing in [None, Some("base.qcow2"), Some(&*"n".repeat(1000))] {
+            for old in [None, Some(b"old".to_vec())] {
+                let mut before = header(backing);
+                if let Some(old) = &old {
+                    before = before.with_extension(SEETHROUGH_EXTENSION, old.clone());
+                }
+                let bytes = before.encode().unwrap();
+                let new = vec![b'x'; 700];
+                let mut writes = 0;
+                loop {
+                    let storage = PowerCut {
+                        storage: MemoryStorage::new(bytes.clone()),
+                        writes_left: AtomicU64::new(writes),
+                    };
+                    let result = set(&storage, &new);
+                    let after = block_on(Header::read(&storage)).unwrap();
+                    assert_eq!(after.backing_file, before.backing_file);
+                    assert!(after.extension(ExtensionType(0x1234)).is_some());
+                    let declared = declared(&storage);
+                    if result.is_ok() {
+                        assert_eq!(declared.as_ref(), Some(&new));
+                        break;
+                    }
+                    assert_eq!(declared, old, "{backing:?} cut after {writes} writes");
+                    writes += 1;
+                }
+                assert!(writes >= 2);
+            }
+        }
+    }
+
+    #[test]
+    fn superseded_extensions_go_when_room_is_short() {
+        let storage = MemoryStorage::new(header(Some("base.qcow2")).encode().unwrap());
+        for round in 0..20u8 {
+            let data = vec![round; 1500];
+            set(&storage, &data).unwrap();
+            assert_eq!(declared(&storage), Some(data));
+        }
+        let header = block_on(Header::read(&storage)).unwrap();
+        assert_eq!(header.backing_file.as_deref(), Some("base.qcow2".as_ref()));
+    }
+
+    #[test]
+    fn an_extension_that_does_not_fit_changes_nothing() {
+        let bytes = header(Some("base.qcow2")).encode().unwrap();
+        let storage = MemoryStorage::new(bytes.clone());
+        let error = set(&storage, &[0; 4000]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+        assert!(storage.contents() == bytes);
+    }
+}
