@@ -7,10 +7,13 @@
 
 pub mod bitmap;
 pub mod checksum;
+pub mod extent;
 pub mod features;
 pub mod geometry;
 pub mod group_descriptor;
 pub mod inode;
+pub mod layout;
+pub mod records;
 pub mod superblock;
 pub mod volatile;
 

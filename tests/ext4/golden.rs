@@ -1,12 +1,17 @@
 //! Filesystems made on the fly by mke2fs, in sparse temporary files.
 
+#![allow(dead_code, reason = "not every test uses all of it")]
+
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, symlink};
 use std::process::Command;
 use std::sync::OnceLock;
 
 use seethrough::ext4::bitmap;
+use seethrough::ext4::extent::{Extent, FileMap};
 use seethrough::ext4::group_descriptor::GroupDescriptor;
+use seethrough::ext4::inode::Inode;
+use seethrough::ext4::layout::{InternalFiles, Layout};
 use seethrough::ext4::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, Superblock};
 use seethrough::units::{BlockGroup, FsBlock, InodeNumber};
 use tempfile::{NamedTempFile, TempDir};
@@ -26,7 +31,7 @@ macro_rules! recipe {
 
 /// The features that matter, and their combinations.
 pub(crate) const RECIPES: &[Recipe] = &[
-    recipe!("300M", "-t", "ext4"),
+    recipe!("1G", "-t", "ext4", "-b", "4096"),
     recipe!("100M", "-t", "ext4", "-b", "1024"),
     recipe!("100M", "-t", "ext4", "-b", "2048", "-g", "4096"),
     recipe!(
@@ -239,5 +244,34 @@ impl Golden {
             );
         }
         found
+    }
+
+    /// The descriptor table, whole blocks.
+    pub(crate) fn table(&self) -> Vec<u8> {
+        let superblock = self.superblock();
+        (0..superblock.descriptor_blocks())
+            .flat_map(|index| self.block(superblock.descriptor_block(index)))
+            .collect()
+    }
+
+    /// Where the blocks of a file are.
+    pub(crate) fn extents(&self, number: InodeNumber) -> Vec<Extent> {
+        let superblock = self.superblock();
+        let inode = Inode::parse(&self.inode(number));
+        let mut map = FileMap::new(&superblock, number, &inode).unwrap();
+        while let Some(block) = map.next_block() {
+            map.supply(&self.block(block)).unwrap();
+        }
+        map.finish()
+    }
+
+    pub(crate) fn layout(&self) -> Layout {
+        let superblock = self.superblock();
+        let extents = |number: Option<InodeNumber>| number.map_or(Vec::new(), |n| self.extents(n));
+        let files = InternalFiles {
+            journal: &extents(superblock.journal_inode),
+            orphan_file: &extents(superblock.orphan_file_inode),
+        };
+        Layout::new(&superblock, &self.table(), files).unwrap()
     }
 }
