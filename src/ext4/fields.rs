@@ -38,6 +38,11 @@ pub(super) fn le32(record: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(array_at(record, at))
 }
 
+/// The big-endian 32-bit field at `at`.
+pub(super) fn be32(record: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes(array_at(record, at))
+}
+
 /// The 32-bit number whose 16-bit halves lie at `lo` and `hi`.
 pub(super) fn split16(record: &[u8], lo: usize, hi: usize) -> u32 {
     u32::from(le16(record, lo)) | (u32::from(le16(record, hi)) << 16)
@@ -61,6 +66,11 @@ pub(super) fn put_le16(record: &mut [u8], at: usize, value: u16) {
 /// Writes a little-endian 32-bit field.
 pub(super) fn put_le32(record: &mut [u8], at: usize, value: u32) {
     put_bytes(record, at, &value.to_le_bytes());
+}
+
+/// Writes a big-endian 32-bit field.
+pub(super) fn put_be32(record: &mut [u8], at: usize, value: u32) {
+    put_bytes(record, at, &value.to_be_bytes());
 }
 
 /// Writes a 32-bit number as two 16-bit halves.

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "not every test uses all of it")]
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::fs::{FileExt, symlink};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -177,6 +178,35 @@ impl Golden {
             .output()
             .unwrap_or_else(|error| panic!("{program}: {error}"));
         String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs debugfs's `requests` on the filesystem, for writing.
+    pub(crate) fn debugfs(&self, requests: &[&str]) {
+        let mut script = NamedTempFile::new().unwrap();
+        writeln!(script, "{}", requests.join("\n")).unwrap();
+        let output = Command::new("debugfs")
+            .args(["-w", "-f"])
+            .arg(script.path())
+            .arg(self.file.path())
+            .output()
+            .expect("debugfs is installed");
+        assert!(output.status.success(), "{requests:?}");
+    }
+
+    /// Fails if e2fsck has anything to say about the filesystem.
+    pub(crate) fn assert_clean(&self) {
+        let output = Command::new("e2fsck")
+            .args(["-f", "-n"])
+            .arg(self.file.path())
+            .env("LC_ALL", "C")
+            .output()
+            .expect("e2fsck is installed");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(
+            output.status.success(),
+            "{said}{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
 
     /// The file that holds the filesystem.
