@@ -11,7 +11,7 @@ const LAYERS: &[&[&str]] = &[
     &["virtio_blk"],
     &["view"],
     &["chain"],
-    &["qcow2", "ext4"],
+    &["qcow2", "ext4", "partition"],
     &["image"],
     &["storage"],
     &["sys"],
