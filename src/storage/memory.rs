@@ -1,6 +1,5 @@
 //! A store in memory, for tests and for measuring what the layers above cost.
 
-use std::future::ready;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::{IoFuture, Storage, ZeroMode};
@@ -67,32 +66,28 @@ fn index(offset: u64) -> Result<usize> {
 
 impl Storage for MemoryStorage {
     fn readv(&self, at: HostOffset, buf: IoBuf) -> IoFuture<'_> {
-        Box::pin(ready(self.read_now(at, &buf)))
+        IoFuture::ready(self.read_now(at, &buf))
     }
 
     fn writev(&self, at: HostOffset, buf: IoBuf) -> IoFuture<'_> {
-        Box::pin(ready(self.write_now(
-            at,
-            |bytes| buf.copy_to(0, bytes),
-            buf.len(),
-        )))
+        IoFuture::ready(self.write_now(at, |bytes| buf.copy_to(0, bytes), buf.len()))
     }
 
     fn flush(&self) -> IoFuture<'_> {
-        Box::pin(ready(Ok(())))
+        IoFuture::ready(Ok(()))
     }
 
     fn discard(&self, _at: HostOffset, _len: u64) -> IoFuture<'_> {
-        Box::pin(ready(Ok(())))
+        IoFuture::ready(Ok(()))
     }
 
     fn write_zeroes(&self, at: HostOffset, len: u64, _mode: ZeroMode) -> IoFuture<'_> {
         let done = index(len).and_then(|len| self.write_now(at, |bytes| bytes.fill(0), len));
-        Box::pin(ready(done))
+        IoFuture::ready(done)
     }
 
     fn set_len(&self, len: u64) -> IoFuture<'_> {
-        Box::pin(ready(index(len).map(|len| self.lock().resize(len, 0))))
+        IoFuture::ready(index(len).map(|len| self.lock().resize(len, 0)))
     }
 
     fn len(&self) -> u64 {

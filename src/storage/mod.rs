@@ -2,19 +2,17 @@
 //!
 //! Everything above reads and writes host bytes through [`Storage`] alone.
 
+mod file;
+mod future;
 mod memory;
+mod range_lock;
 
-use std::future::Future;
-use std::pin::Pin;
-
+pub use file::{Access, CacheMode, FileStorage};
+pub use future::IoFuture;
 pub use memory::MemoryStorage;
 
-use crate::error::Result;
-use crate::sys::IoBuf;
+use crate::sys::{HostFile, IoBuf};
 use crate::units::HostOffset;
-
-/// A storage operation under way. It stays on the thread that began it.
-pub type IoFuture<'a, T = ()> = Pin<Box<dyn Future<Output = Result<T>> + 'a>>;
 
 /// Whether a range that shall read as zeros may lose its room on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,4 +64,10 @@ pub trait Storage: Send + Sync {
 
     /// The name for messages: the file's path.
     fn name(&self) -> &str;
+
+    /// The host file to which a worker may submit reads and writes itself, at the same offsets, where
+    /// [`HostFile::takes`] says so; `None` if all I/O has to come through this trait.
+    fn host_file(&self) -> Option<&HostFile> {
+        None
+    }
 }

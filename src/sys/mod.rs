@@ -4,7 +4,17 @@
 #![allow(unsafe_code)]
 
 mod executor;
+mod file_facts;
+mod host_file;
 mod io_buf;
+mod op;
+mod reactor;
+mod ring;
+mod ring_op;
 
-pub use executor::block_on;
+pub use async_task::Task;
+pub use file_facts::{FileId, direct_io_alignment, identify, logical_block_size};
+pub use host_file::{HostFile, truncate_blocking};
 pub use io_buf::IoBuf;
+pub use reactor::{Direction, Reactor, block_on};
+pub use ring_op::RingOp;
