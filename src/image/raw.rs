@@ -102,21 +102,21 @@ impl Image for RawImage {
 
     fn read(&self, at: GuestOffset, buf: IoBuf) -> ImageFuture<'_> {
         match self.range(at, buf.len() as u64) {
-            Ok(at) => self.storage.readv(at, buf),
+            Ok(at) => Box::pin(self.storage.readv(at, buf)),
             Err(error) => Box::pin(ready(Err(error))),
         }
     }
 
     fn write(&self, at: GuestOffset, buf: IoBuf) -> ImageFuture<'_> {
         match self.writable_range(at, buf.len() as u64) {
-            Ok(at) => self.storage.writev(at, buf),
+            Ok(at) => Box::pin(self.storage.writev(at, buf)),
             Err(error) => Box::pin(ready(Err(error))),
         }
     }
 
     fn write_zeroes(&self, at: GuestOffset, len: u64, mode: ZeroMode) -> ImageFuture<'_> {
         match self.writable_range(at, len) {
-            Ok(at) => self.storage.write_zeroes(at, len, mode),
+            Ok(at) => Box::pin(self.storage.write_zeroes(at, len, mode)),
             Err(error) => Box::pin(ready(Err(error))),
         }
     }
@@ -129,7 +129,7 @@ impl Image for RawImage {
 
     fn flush(&self) -> ImageFuture<'_> {
         match self.access {
-            Access::ReadWrite => self.storage.flush(),
+            Access::ReadWrite => Box::pin(self.storage.flush()),
             Access::ReadOnly => Box::pin(ready(Ok(()))),
         }
     }

@@ -131,7 +131,7 @@ mod tests {
             let left = self.writes_left.load(Ordering::Relaxed);
             if left == 0 {
                 let error = Error::new(ErrorKind::Io, "power cut");
-                return Box::pin(std::future::ready(Err(error)));
+                return IoFuture::ready(Err(error));
             }
             self.writes_left.store(left - 1, Ordering::Relaxed);
             self.storage.writev(at, buf)
