@@ -21,8 +21,7 @@ impl Backing {
     /// What the header of the image at `overlay` says.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidConfig`] if it names no format, [`ErrorKind::Unsupported`] for a format or a kind of
-    /// name that is not supported.
+    /// [`ErrorKind::Unsupported`] if it names no format, or for a format or a kind of name that is not supported.
     pub fn of(overlay: &Path, header: &Header) -> Result<Option<Self>> {
         let Some(name) = &header.backing_file else {
             return Ok(None);
@@ -30,7 +29,7 @@ impl Backing {
         let path = resolve(overlay, name)?;
         let Some(format) = header.backing_format() else {
             return Err(Error::new(
-                ErrorKind::InvalidConfig,
+                ErrorKind::Unsupported,
                 format!(
                     "{overlay}: names the backing file {name:?} but not its format, which is never guessed: set it \
                      with `qemu-img rebase -u -b {name:?} -F FORMAT {overlay}`",

@@ -38,13 +38,18 @@ impl Format {
         if start.starts_with(&MAGIC) {
             return Ok(Self::Qcow2);
         }
-        Err(Error::new(
+        Err(Self::has_to_be_named(name))
+    }
+
+    /// What whoever opens the raw image `name` without saying that it is raw is told.
+    pub(super) fn has_to_be_named(name: &str) -> Error {
+        Error::new(
             ErrorKind::InvalidConfig,
             format!(
-                "{name}: not a qcow2 image; if it is a raw one, say so: the format raw is never guessed, since a \
-                 guest can make its disk look like any other"
+                "{name}: not known to be a qcow2 image; if it is a raw one, say so: the format raw is never guessed, \
+                 since a guest can make its disk look like any other"
             ),
-        ))
+        )
     }
 }
 

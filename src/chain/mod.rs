@@ -1,4 +1,8 @@
 //! Opening images: by an explicit format, with their backing chains and their locks, each file once.
 
 pub mod backing;
+pub mod create;
 pub mod format;
+pub mod host;
+pub mod inspect;
+pub mod registry;

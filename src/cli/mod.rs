@@ -44,7 +44,12 @@ macro_rules! verbs {
     };
 }
 
-verbs!();
+verbs! {
+    /// Make a new, empty image
+    Create in create;
+    /// Show what an image says of itself
+    Info in info;
+}
 
 /// Disks for VMs that see through their copy-on-write overlays to a base image that stays writable.
 #[derive(Parser)]

@@ -1,5 +1,6 @@
 //! Values that several verbs take, read as `qemu-img` reads them.
 
+use crate::chain::format::Format;
 use crate::error::{Error, ErrorKind, Result};
 
 /// A size in bytes: digits, perhaps a fraction, and perhaps a suffix b, k, M, G, T, P or E in either case, which
@@ -52,6 +53,14 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         .and_then(|bytes| u64::try_from(bytes).ok())
         .filter(|bytes| i64::try_from(*bytes).is_ok())
         .ok_or_else(too_large)
+}
+
+/// The format of an image.
+///
+/// # Errors
+/// A sentence for clap if it is not supported.
+pub fn parse_format(name: &str) -> Result<Format, String> {
+    name.parse().map_err(|error: Error| error.to_string())
 }
 
 /// The pairs of a list `key=value,key=value`: a comma in a value is written twice, and a key alone stands for

@@ -9,6 +9,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
+pub use crate::storage::Access;
 pub use raw::RawImage;
 pub use read_only::ReadOnlyImage;
 
@@ -19,15 +20,6 @@ use crate::units::{GuestOffset, HostOffset};
 
 /// An operation on a virtual disk under way. It stays on the thread that began it.
 pub type ImageFuture<'a, T = ()> = Pin<Box<dyn Future<Output = Result<T>> + 'a>>;
-
-/// Whether an image may be changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// Writes are refused.
-    ReadOnly,
-    /// Writes are served.
-    ReadWrite,
-}
 
 /// What a guest range is, answered from memory alone.
 pub enum Mapped {

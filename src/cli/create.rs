@@ -1,0 +1,249 @@
+//! `seethrough create`: a new, empty image, read as `qemu-img create` reads its arguments.
+//!
+//! The format is `-f`'s; without it qcow2 if there is a backing file or an option that only qcow2 has, and raw
+//! otherwise.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use crate::chain::backing::resolve;
+use crate::chain::create::{NewImage, create};
+use crate::chain::format::Format;
+use crate::chain::host::Locking;
+use crate::chain::inspect::{Unnamed, inspect_chain};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::qcow2::create::{BackingReference, CreateOptions, L2Entries, RefcountUpdates};
+use crate::qcow2::header::{CompressionType, Version};
+use crate::sys::block_on;
+
+use super::options::{parse_format, parse_key_values, parse_size, parse_switch};
+use super::output;
+
+/// Arguments of `create`.
+#[derive(clap::Args)]
+pub struct Create {
+    /// The new image's format: raw or qcow2
+    #[arg(short = 'f', value_name = "FORMAT", value_parser = parse_format)]
+    format: Option<Format>,
+
+    /// The image to lie over, relative to the new image's directory
+    #[arg(short = 'b', value_name = "BACKING")]
+    backing: Option<OsString>,
+
+    /// The backing image's format; it may be left out for a qcow2 image
+    #[arg(short = 'F', value_name = "FORMAT", requires = "backing", value_parser = parse_format)]
+    backing_format: Option<Format>,
+
+    /// Options of the format, as key=value,key=value: compat, cluster_size, extended_l2, refcount_bits,
+    /// lazy_refcounts, compression_type, preallocation, size
+    #[arg(short = 'o', value_name = "OPTIONS")]
+    options: Vec<String>,
+
+    /// Do not look at the backing image; needs a size and -F
+    #[arg(short = 'u', requires = "backing_format")]
+    unchecked: bool,
+
+    /// Print nothing
+    #[arg(short = 'q')]
+    quiet: bool,
+
+    /// The new image
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+
+    /// The virtual size, with a suffix k, M, G, T, P or E if need be; the backing image's by default
+    #[arg(value_name = "SIZE", value_parser = parse_size)]
+    size: Option<u64>,
+}
+
+impl Create {
+    /// Makes the image.
+    ///
+    /// # Errors
+    /// What [`create`] and the look at the backing image may fail with.
+    pub fn run(self) -> Result<()> {
+        let mut options = Options::default();
+        for list in &self.options {
+            for (key, value) in parse_key_values(list)? {
+                options.set(&key, &value)?;
+            }
+        }
+        let image = self.new_image(&options)?;
+        block_on(create(&self.file, &image))?;
+        if self.quiet {
+            return Ok(());
+        }
+        output::print(&format!("Formatting '{}', {image}\n", self.file.display()))
+    }
+
+    fn new_image(&self, options: &Options) -> Result<NewImage> {
+        let backing = self.backing()?;
+        let size = self.size.or(options.size);
+        let size = match (size, &backing) {
+            (Some(size), _) => size,
+            (None, Some((_, Some(size)))) => *size,
+            (None, _) => {
+                return Err(invalid(
+                    "a new image needs a size, or a backing image that is looked at to take it from",
+                ));
+            }
+        };
+        let qcow2 = backing.is_some() || options.qcow2_key.is_some();
+        let format = self
+            .format
+            .unwrap_or(if qcow2 { Format::Qcow2 } else { Format::Raw });
+        match (format, backing, &options.qcow2_key) {
+            (Format::Qcow2, backing, _) => Ok(NewImage::Qcow2(CreateOptions {
+                size,
+                backing: backing.map(|(reference, _)| reference),
+                ..options.qcow2.clone()
+            })),
+            (Format::Raw, Some(_), _) => Err(invalid("a raw image has no backing image: use -f qcow2")),
+            (Format::Raw, None, Some(key)) => {
+                Err(invalid(format!("raw images have no option '{key}': use -f qcow2")))
+            }
+            (Format::Raw, None, None) => Ok(NewImage::Raw { size }),
+        }
+    }
+
+    /// The backing image as the header shall name it, and its size if it was looked at.
+    fn backing(&self) -> Result<Option<(BackingReference, Option<u64>)>> {
+        let Some(name) = &self.backing else {
+            return Ok(None);
+        };
+        let reference = |format: Format| BackingReference {
+            file: name.clone(),
+            format: format.name().to_owned(),
+        };
+        if let (true, Some(format)) = (self.unchecked, self.backing_format) {
+            return Ok(Some((reference(format), None)));
+        }
+        let path = resolve(&self.file, name)?;
+        if is_same_file(&path, &self.file) {
+            return Err(invalid(format!("{}: an image cannot lie over itself", path.display())));
+        }
+        // The base may be in use by its VM: its size and format do not change under us.
+        let chain = block_on(inspect_chain(
+            &path,
+            self.backing_format,
+            Unnamed::Refuse,
+            Locking::ForceShare,
+        ))
+        .context(|| "the backing image (its format is given with -F)")?;
+        let Some(top) = chain.first() else {
+            return Ok(None);
+        };
+        if chain.iter().any(|layer| is_same_file(&layer.path, &self.file)) {
+            return Err(invalid(format!(
+                "{}: it lies behind the backing image, and would become its own",
+                self.file.display()
+            )));
+        }
+        Ok(Some((reference(top.format), Some(top.virtual_size))))
+    }
+}
+
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    match (a.canonicalize(), b.canonicalize()) {
+        (Ok(a), Ok(b)) => a == b,
+        _ => false,
+    }
+}
+
+/// What `-o` says.
+struct Options {
+    size: Option<u64>,
+    qcow2: CreateOptions,
+    /// An option that only qcow2 has.
+    qcow2_key: Option<String>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            size: None,
+            qcow2: CreateOptions::new(0),
+            qcow2_key: None,
+        }
+    }
+}
+
+impl Options {
+    fn set(&mut self, key: &str, value: &str) -> Result<()> {
+        let wrong = || invalid(format!("'{key}={value}': no such value"));
+        let number = || parse_size(value).map_err(|error| invalid(format!("{key}: {error}")));
+        match key {
+            "size" => {
+                self.size = Some(number()?);
+                return Ok(());
+            }
+            "preallocation" => return refuse_preallocation(value),
+            "compat" => {
+                self.qcow2.version = match value {
+                    "0.10" | "v2" => Version::V2,
+                    "1.1" | "v3" => Version::V3,
+                    _ => return Err(wrong()),
+                };
+            }
+            "cluster_size" => self.qcow2.cluster_size = number()?,
+            "extended_l2" => {
+                self.qcow2.l2_entries = if parse_switch(key, value)? {
+                    L2Entries::Extended
+                } else {
+                    L2Entries::Standard
+                };
+            }
+            "refcount_bits" => self.qcow2.refcount_bits = number()?,
+            "lazy_refcounts" => {
+                self.qcow2.refcount_updates = if parse_switch(key, value)? {
+                    RefcountUpdates::Lazy
+                } else {
+                    RefcountUpdates::Eager
+                };
+            }
+            "compression_type" => {
+                self.qcow2.compression_type = match value {
+                    "zlib" => CompressionType::Deflate,
+                    "zstd" => CompressionType::Zstd,
+                    _ => return Err(wrong()),
+                };
+            }
+            _ => return Err(unknown_option(key)),
+        }
+        self.qcow2_key = Some(key.to_owned());
+        Ok(())
+    }
+}
+
+fn refuse_preallocation(value: &str) -> Result<()> {
+    match value {
+        "off" => Ok(()),
+        "metadata" | "falloc" | "full" => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("preallocation={value} is not supported: make the image with `qemu-img create`"),
+        )),
+        _ => Err(invalid(format!("'preallocation={value}': no such value"))),
+    }
+}
+
+fn unknown_option(key: &str) -> Error {
+    match key {
+        "backing_file" => invalid("name the backing image with -b, not with -o backing_file"),
+        "backing_fmt" => invalid("name the backing image's format with -F, not with -o backing_fmt"),
+        "encryption" | "data_file" | "data_file_raw" | "nocow" | "extent_size_hint" => {
+            Error::new(
+                ErrorKind::Unsupported,
+                format!("the option '{key}' is not supported"),
+            )
+        }
+        _ if key.starts_with("encrypt.") => Error::new(
+            ErrorKind::Unsupported,
+            format!("'{key}': encrypted images are not supported"),
+        ),
+        _ => invalid(format!("there is no option '{key}'")),
+    }
+}
+
+fn invalid(what: impl Into<Box<str>>) -> Error {
+    Error::new(ErrorKind::InvalidConfig, what)
+}

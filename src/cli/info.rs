@@ -1,0 +1,333 @@
+//! `seethrough info`: what images say of themselves, in the words and JSON fields of `qemu-img info`.
+
+use std::fmt::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::chain::backing::resolve;
+use crate::chain::format::Format;
+use crate::chain::host::Locking;
+use crate::chain::inspect::{Inspected, Unnamed, inspect, inspect_chain};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::qcow2::features::{CompatibleFeatures, IncompatibleFeatures};
+use crate::qcow2::header::{Header, Version};
+use crate::qcow2::header_extension::SEETHROUGH_EXTENSION;
+use crate::sys::block_on;
+
+use super::options::parse_format;
+use super::output;
+
+/// Arguments of `info`.
+#[derive(clap::Args)]
+pub struct Info {
+    /// The image's format; without it, an image that is not qcow2 is shown as raw
+    #[arg(short = 'f', long, value_name = "FORMAT", value_parser = parse_format)]
+    format: Option<Format>,
+
+    /// How to print
+    #[arg(long, value_enum, default_value_t = OutputFormat::Human)]
+    output: OutputFormat,
+
+    /// The images behind it, too
+    #[arg(long)]
+    backing_chain: bool,
+
+    /// Look at an image while others write to it
+    #[arg(short = 'U', long)]
+    force_share: bool,
+
+    /// The image
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+}
+
+/// How to print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum OutputFormat {
+    /// For people
+    Human,
+    /// For programs
+    Json,
+}
+
+impl Info {
+    /// Prints what the image says of itself.
+    ///
+    /// # Errors
+    /// Those of [`inspect_chain`].
+    pub fn run(self) -> Result<()> {
+        let locking = if self.force_share {
+            Locking::ForceShare
+        } else {
+            Locking::Lock
+        };
+        let images = if self.backing_chain {
+            block_on(inspect_chain(&self.file, self.format, Unnamed::Raw, locking))?
+        } else {
+            vec![block_on(inspect(&self.file, self.format, Unnamed::Raw, locking))?]
+        };
+        let images: Vec<ImageInfo> = images.iter().map(ImageInfo::of).collect::<Result<_>>()?;
+        let text = match (self.output, self.backing_chain, images.as_slice()) {
+            (OutputFormat::Human, _, images) => {
+                let texts: Vec<String> = images.iter().map(ImageInfo::human).collect();
+                texts.join("\n")
+            }
+            (OutputFormat::Json, false, [image]) => json(image)?,
+            (OutputFormat::Json, _, images) => json(&images)?,
+        };
+        output::print(&text)
+    }
+}
+
+fn json(value: &impl Serialize) -> Result<String> {
+    let mut text = serde_json::to_string_pretty(value).map_err(|error| {
+        Error::with_source(ErrorKind::Io, "the information does not become JSON", error)
+    })?;
+    text.push('\n');
+    Ok(text)
+}
+
+/// One image, with the field names of QEMU's `ImageInfo`.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct ImageInfo {
+    filename: String,
+    format: &'static str,
+    virtual_size: u64,
+    actual_size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cluster_size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    encrypted: Option<bool>,
+    dirty_flag: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    full_backing_filename: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename_format: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    format_specific: Option<FormatSpecific>,
+    /// The declaration of regions, which is ours alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seethrough: Option<serde_json::Value>,
+}
+
+#[derive(Serialize)]
+struct FormatSpecific {
+    #[serde(rename = "type")]
+    format: &'static str,
+    data: Qcow2Specific,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Qcow2Specific {
+    compat: &'static str,
+    compression_type: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lazy_refcounts: Option<bool>,
+    refcount_bits: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    corrupt: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    extended_l2: Option<bool>,
+}
+
+impl ImageInfo {
+    fn of(image: &Inspected) -> Result<Self> {
+        let metadata =
+            std::fs::metadata(&image.path).context(|| image.path.display().to_string())?;
+        let info = Self {
+            filename: image.path.display().to_string(),
+            format: image.format.name(),
+            virtual_size: image.virtual_size,
+            actual_size: metadata.blocks().saturating_mul(512),
+            cluster_size: None,
+            encrypted: None,
+            dirty_flag: false,
+            backing_filename: None,
+            full_backing_filename: None,
+            backing_filename_format: None,
+            format_specific: None,
+            seethrough: None,
+        };
+        Ok(match &image.header {
+            Some(header) => info.with_header(&image.path, header),
+            None => info,
+        })
+    }
+
+    fn with_header(self, path: &Path, header: &Header) -> Self {
+        let name = header.backing_file.as_ref();
+        let full = name.and_then(|name| resolve(path, name).ok());
+        Self {
+            cluster_size: Some(header.cluster_size()),
+            encrypted: (header.crypt_method != 0).then_some(true),
+            dirty_flag: header
+                .incompatible_features
+                .contains(IncompatibleFeatures::DIRTY),
+            backing_filename: name.map(|name| name.to_string_lossy().into_owned()),
+            full_backing_filename: full.map(|path| path.display().to_string()),
+            backing_filename_format: header
+                .backing_format()
+                .map(|format| format.to_string_lossy().into_owned()),
+            format_specific: Some(FormatSpecific {
+                format: "qcow2",
+                data: Qcow2Specific::of(header),
+            }),
+            seethrough: header.extension(SEETHROUGH_EXTENSION).map(declaration),
+            ..self
+        }
+    }
+
+    fn human(&self) -> String {
+        let mut text = String::new();
+        let size = format!(
+            "{} ({} bytes)",
+            human_size(self.virtual_size),
+            self.virtual_size
+        );
+        let mut line = |name: &str, value: &str| {
+            // Names come from the image: they must not forge further lines.
+            let value: String = value
+                .chars()
+                .map(|c| if c.is_control() { '?' } else { c })
+                .collect();
+            let space = if value.is_empty() { "" } else { " " };
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "{name}:{space}{value}");
+        };
+        line("image", &self.filename);
+        line("file format", self.format);
+        line("virtual size", &size);
+        line("disk size", &human_size(self.actual_size));
+        if self.encrypted.is_some() {
+            line("encrypted", "yes");
+        }
+        if let Some(cluster_size) = self.cluster_size {
+            line("cluster_size", &cluster_size.to_string());
+        }
+        if self.dirty_flag {
+            line("cleanly shut down", "no");
+        }
+        if let Some(name) = &self.backing_filename {
+            match &self.full_backing_filename {
+                Some(full) if full != name => {
+                    line("backing file", &format!("{name} (actual path: {full})"));
+                }
+                _ => line("backing file", name),
+            }
+        }
+        if let Some(format) = &self.backing_filename_format {
+            line("backing file format", format);
+        }
+        if let Some(specific) = &self.format_specific {
+            line("Format specific information", "");
+            specific.data.human(&mut line);
+        }
+        if let Some(declaration) = &self.seethrough {
+            line("seethrough", &declaration.to_string());
+        }
+        text
+    }
+}
+
+impl Qcow2Specific {
+    fn of(header: &Header) -> Self {
+        let v3 = header.version == Version::V3;
+        let compatible = header.compatible_features;
+        let incompatible = header.incompatible_features;
+        Self {
+            compat: if v3 { "1.1" } else { "0.10" },
+            compression_type: header.compression_type.name(),
+            lazy_refcounts: v3.then(|| compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS)),
+            refcount_bits: header.refcount_bits(),
+            corrupt: v3.then(|| incompatible.contains(IncompatibleFeatures::CORRUPT)),
+            extended_l2: v3.then(|| header.has_extended_l2()),
+        }
+    }
+
+    fn human(&self, line: &mut impl FnMut(&str, &str)) {
+        line("    compat", self.compat);
+        line("    compression type", self.compression_type);
+        if let Some(lazy) = self.lazy_refcounts {
+            line("    lazy refcounts", &lazy.to_string());
+        }
+        line("    refcount bits", &self.refcount_bits.to_string());
+        if let Some(corrupt) = self.corrupt {
+            line("    corrupt", &corrupt.to_string());
+        }
+        if let Some(extended) = self.extended_l2 {
+            line("    extended l2", &extended.to_string());
+        }
+    }
+}
+
+/// Our extension as JSON, or what there is instead as a string.
+fn declaration(data: &[u8]) -> serde_json::Value {
+    serde_json::from_slice(data)
+        .unwrap_or_else(|_| serde_json::Value::String(String::from_utf8_lossy(data).into_owned()))
+}
+
+/// Three significant digits and a binary unit.
+fn human_size(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let decimals = match value {
+        _ if value >= 100.0 => 0,
+        _ if value >= 10.0 => 1,
+        _ if value >= 1.0 => 2,
+        _ => 3,
+    };
+    let mut digits = format!("{value:.decimals$}");
+    if digits.contains('.') {
+        digits.truncate(digits.trim_end_matches('0').trim_end_matches('.').len());
+    }
+    format!("{digits} {}", UNITS.get(unit).unwrap_or(&""))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_three_digits_and_a_unit() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (512, "512 B"),
+            (1000, "0.977 KiB"),
+            (196_608, "192 KiB"),
+            (200_704, "196 KiB"),
+            (1 << 30, "1 GiB"),
+            (3 << 29, "1.5 GiB"),
+            (10 << 40, "10 TiB"),
+            (u64::MAX, "16 EiB"),
+        ] {
+            assert_eq!(human_size(bytes), text);
+        }
+    }
+
+    #[test]
+    fn names_from_an_image_cannot_forge_lines() {
+        let mut header = Header::new(Version::V3, 16, 1 << 20);
+        header.backing_file = Some("a\nencrypted".into());
+        let image = Inspected {
+            path: "/dev/null".into(),
+            format: Format::Qcow2,
+            virtual_size: 1 << 20,
+            header: Some(header.with_extension(SEETHROUGH_EXTENSION, b"no JSON".to_vec())),
+        };
+        let text = ImageInfo::of(&image).unwrap().human();
+        assert!(text.contains("backing file: a?encrypted (actual path"), "{text}");
+        assert!(text.contains("    extended l2: false\n"), "{text}");
+        assert!(text.contains("seethrough: \"no JSON\"\n"), "{text}");
+    }
+}

@@ -1,0 +1,236 @@
+//! `seethrough create` and `seethrough info` against `qemu-img create` and `qemu-img info`: the same options mean
+//! the same images, and the same images are described in the same words.
+
+mod common;
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use common::oracle::{self, Tolerated};
+use serde_json::Value;
+
+struct Directory(tempfile::TempDir);
+
+impl Directory {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("a temporary directory"))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Runs `seethrough` in the directory.
+    fn seethrough(&self, arguments: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_seethrough"))
+            .args(arguments)
+            .current_dir(self.0.path())
+            .output()
+            .expect("seethrough runs")
+    }
+
+    /// Runs `seethrough`, which has to succeed; its standard output.
+    fn ok(&self, arguments: &[&str]) -> String {
+        let output = self.seethrough(arguments);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {stderr}");
+        String::from_utf8(output.stdout).expect("UTF-8")
+    }
+
+    /// Runs `seethrough`, which has to fail with this exit code; its standard error.
+    fn fails(&self, arguments: &[&str], code: i32) -> String {
+        let output = self.seethrough(arguments);
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {stderr}");
+        assert!(stderr.starts_with("seethrough: "), "{stderr}");
+        stderr
+    }
+
+    /// Runs `qemu-img` in the directory, which has to succeed; its standard output.
+    fn qemu_img(&self, arguments: &[&str]) -> String {
+        let output = Command::new("qemu-img")
+            .args(arguments)
+            .current_dir(self.0.path())
+            .output()
+            .expect("qemu-img runs");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "qemu-img {arguments:?}: {stderr}");
+        String::from_utf8(output.stdout).expect("UTF-8")
+    }
+
+    /// What both programs print about an image, for people and for programs, is the same.
+    fn described_alike(&self, image: &str) {
+        for more in [&[][..], &["--backing-chain"]] {
+            let human = [&["info"], more, &[image]].concat();
+            assert_eq!(self.ok(&human), self.qemu_img(&human), "{image}");
+            let json = [&["info", "--output=json"], more, &[image]].concat();
+            assert_eq!(
+                parse(&self.ok(&json)),
+                parse(&self.qemu_img(&json)),
+                "{image}"
+            );
+        }
+    }
+}
+
+fn parse(json: &str) -> Value {
+    serde_json::from_str(json).expect("JSON")
+}
+
+/// What does not depend on how an image's file came to be.
+fn properties(json: &str) -> Value {
+    let mut value = parse(json);
+    let object = value.as_object_mut().expect("an object");
+    object.remove("actual-size");
+    object.remove("filename");
+    value
+}
+
+const OPTIONS: &[&str] = &[
+    "compat=0.10",
+    "compat=1.1",
+    "cluster_size=512",
+    "cluster_size=512,refcount_bits=64",
+    "cluster_size=2M,refcount_bits=1",
+    "cluster_size=4k,refcount_bits=2,lazy_refcounts=on",
+    "refcount_bits=4,compression_type=zstd",
+    "refcount_bits=8",
+    "refcount_bits=32,extended_l2=on",
+    "cluster_size=128k,extended_l2=on",
+    "cluster_size=16k,extended_l2=on,compat=v3",
+];
+
+#[test]
+fn every_option_makes_the_image_that_qemu_img_makes() {
+    let directory = Directory::new();
+    for options in OPTIONS {
+        for size in ["0", "513", "1.5G", "40G"] {
+            let arguments = |name| ["create", "-q", "-f", "qcow2", "-o", options, name, size];
+            directory.ok(&arguments("ours.qcow2"));
+            directory.qemu_img(&arguments("theirs.qcow2"));
+            oracle::qemu_img_check(&directory.path("ours.qcow2"), Tolerated::Nothing);
+            let info = |name| directory.qemu_img(&["info", "--output=json", name]);
+            assert_eq!(
+                properties(&info("ours.qcow2")),
+                properties(&info("theirs.qcow2")),
+                "{options} {size}"
+            );
+        }
+        directory.described_alike("ours.qcow2");
+        directory.described_alike("theirs.qcow2");
+    }
+}
+
+#[test]
+fn stock_tools_write_to_our_images() {
+    let directory = Directory::new();
+    for options in OPTIONS {
+        directory.ok(&[
+            "create", "-q", "-f", "qcow2", "-o", options, "a.qcow2", "10M",
+        ]);
+        let image = directory.path("a.qcow2");
+        let io = |command: &str| {
+            oracle::ok(
+                "qemu-io",
+                ["-f", "qcow2", "-c", command, &image.display().to_string()],
+            )
+        };
+        io("write -P 0x5a 512 3M");
+        let read = io("read -P 0x5a 512 3M");
+        assert!(!read.contains("failed"), "{options}: {read}");
+        oracle::qemu_img_check(&image, Tolerated::Nothing);
+    }
+}
+
+#[test]
+fn overlays_take_size_and_format_from_what_they_lie_over() {
+    let directory = Directory::new();
+    directory.ok(&["create", "-q", "base.raw", "100M"]);
+    directory.ok(&["create", "-q", "-b", "base.raw", "-F", "raw", "a.qcow2"]);
+    directory.ok(&[
+        "create",
+        "-q",
+        "-b",
+        "a.qcow2",
+        "b.qcow2",
+        "-o",
+        "extended_l2=on",
+    ]);
+    directory.ok(&["create", "-q", "-b", "a.qcow2", "larger.qcow2", "200M"]);
+    let size =
+        |name| parse(&directory.ok(&["info", "--output=json", name]))["virtual-size"].clone();
+    assert_eq!(size("b.qcow2"), 100 << 20);
+    assert_eq!(size("larger.qcow2"), 200 << 20);
+    directory.described_alike("b.qcow2");
+    directory.described_alike("base.raw");
+}
+
+#[test]
+fn creations_that_make_no_sense_are_usage_errors_and_leave_nothing() {
+    let directory = Directory::new();
+    directory.ok(&["create", "-q", "base.raw", "1M"]);
+    for (arguments, words) in [
+        (&["new"][..], "needs a size"),
+        (&["-b", "base.raw", "new"], "raw is never guessed"),
+        (
+            &["-f", "raw", "-b", "base.raw", "-F", "raw", "new"],
+            "no backing image",
+        ),
+        (
+            &["-f", "raw", "-o", "cluster_size=4k", "new", "1M"],
+            "cluster_size",
+        ),
+        (&["-f", "vmdk", "new", "1M"], "vmdk"),
+        (&["-o", "cluster_size=3000", "new", "1M"], "power of two"),
+        (
+            &["-o", "compat=0.10,lazy_refcounts=on", "new", "1M"],
+            "compat=1.1",
+        ),
+        (&["-o", "colour=red", "new", "1M"], "colour"),
+        (&["new", "10X"], "10X"),
+    ] {
+        let error = directory.fails(&[&["create"], arguments].concat(), 2);
+        assert!(error.contains(words), "{arguments:?}: {error}");
+        assert!(!directory.path("new").exists(), "{arguments:?}");
+    }
+    let error = directory.fails(&["create", "-b", "missing.qcow2", "new"], 1);
+    assert!(error.contains("missing.qcow2"), "{error}");
+    let full = [
+        "create",
+        "-f",
+        "qcow2",
+        "-o",
+        "preallocation=full",
+        "new",
+        "1M",
+    ];
+    let error = directory.fails(&full, 1);
+    assert!(error.contains("preallocation=full"), "{error}");
+}
+
+#[test]
+fn an_image_is_never_made_its_own_backing_image() {
+    let directory = Directory::new();
+    directory.ok(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+    directory.ok(&["create", "-q", "-b", "a.qcow2", "b.qcow2"]);
+    let before = std::fs::read(directory.path("a.qcow2")).expect("readable");
+    for backing in ["a.qcow2", "./a.qcow2", "b.qcow2"] {
+        directory.fails(&["create", "-b", backing, "a.qcow2"], 2);
+    }
+    let after = std::fs::read(directory.path("a.qcow2")).expect("readable");
+    assert!(before == after, "a refused creation changed the image");
+}
+
+#[test]
+fn chains_that_cannot_be_followed_are_refused_with_a_remedy() {
+    let directory = Directory::new();
+    directory.ok(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+    directory.ok(&[
+        "create", "-q", "-u", "-b", "a.qcow2", "-F", "qcow2", "b.qcow2", "1M",
+    ]);
+    directory.ok(&[
+        "create", "-q", "-u", "-b", "b.qcow2", "-F", "qcow2", "a.qcow2", "1M",
+    ]);
+    let error = directory.fails(&["info", "--backing-chain", "a.qcow2"], 1);
+    assert!(error.contains("contains itself"), "{error}");
+}
