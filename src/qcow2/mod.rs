@@ -1,10 +1,43 @@
 //! The qcow2 format, versions 2 and 3: an in-process copy-on-write engine.
+//!
+//! ```text
+//! Image ─ image ─┬─ read ─┬─ mapping ── l1, table_cache (L2)     what is where
+//!                ├─ write ┼─ cow                                 what a write needs
+//!                ├─ zero ─┴─ room ───── allocator, table_cache (refcount blocks)
+//!                └─ flush ── quarantine ─ grace                  what is durable when, what is free when
+//! ```
+//!
+//! The crash order is in the `flush` module, the lock order in `engine`.
 
+mod address_hash;
+mod allocator;
 pub mod compressed;
+mod cow;
 pub mod create;
+mod engine;
+mod entry;
 pub mod features;
+mod flush;
+mod geometry;
+mod grace;
 pub mod header;
 pub mod header_extension;
 mod header_parse;
 pub mod header_update;
+mod health;
+mod image;
+mod join;
+mod l1;
+mod mapping;
+mod quarantine;
+mod range_lock;
+mod read;
+mod refcount;
+mod room;
 mod supported;
+mod table_cache;
+mod write;
+mod zero;
+mod zeros;
+
+pub use engine::Qcow2;

@@ -1,0 +1,175 @@
+//! An open qcow2 image: its parts, and how it is opened.
+//!
+//! # Lock order
+//!
+//! Waiting (held across I/O), outermost first: `clusters` (guest clusters whose entries are being changed) →
+//! `tables` (L1 entries whose table is being made) → `flushing` → `header` → loads inside a [`TableCache`]. A task
+//! holds at most one of each.
+//! Spinning (std locks, never across an await): the allocator's → a cache shard's → a slice's → a dirty list's.
+
+use std::collections::VecDeque;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
+
+use super::allocator::{Allocator, Layout};
+use super::geometry::{Geometry, to_usize};
+use super::grace::Grace;
+use super::header::{CompressionType, Header};
+use super::health::Health;
+use super::l1::L1Table;
+use super::quarantine::Retired;
+use super::range_lock::RangeLocks;
+use super::table_cache::TableCache;
+use crate::error::{Context, Result};
+use crate::image::{Access, Image};
+use crate::storage::Storage;
+use crate::sys::IoBuf;
+use crate::units::{HostCluster, HostOffset};
+
+/// Bytes of L2 tables kept in memory, unless the image needs fewer: at 64 KiB clusters they map 256 GiB.
+const MAX_L2_CACHE: u64 = 32 << 20;
+/// Bytes of refcount blocks kept in memory: at 64 KiB clusters they cover 256 GiB.
+const MAX_REFCOUNT_CACHE: u64 = 8 << 20;
+
+/// An open image. All its users in this process share it.
+pub struct Qcow2 {
+    pub(super) storage: Arc<dyn Storage>,
+    pub(super) backing: Option<Arc<dyn Image>>,
+    pub(super) access: Access,
+    pub(super) geometry: Geometry,
+    pub(super) virtual_size: u64,
+    /// Whether unallocated clusters may be someone else's to decide, now or when the image is opened next.
+    pub(super) has_backing: bool,
+    pub(super) compression_type: CompressionType,
+    pub(super) header: async_lock::Mutex<Header>,
+    pub(super) health: Health,
+    pub(super) l1: L1Table,
+    pub(super) l2: TableCache,
+    pub(super) allocator: Allocator,
+    /// Tells when the I/O on a cluster that was freed has ended.
+    pub(super) grace: Grace,
+    /// Guest clusters whose L2 entries are being changed.
+    pub(super) clusters: RangeLocks,
+    /// L1 entries whose L2 table is being made.
+    pub(super) tables: RangeLocks,
+    /// Flushes begun so far.
+    pub(super) flushes_begun: AtomicU64,
+    /// The number of the last flush that succeeded; locked while one is under way.
+    pub(super) flushing: async_lock::Mutex<u64>,
+    /// References to host clusters that memory has dropped, and the disk not yet: one item for each reference.
+    pub(super) unlinked: Mutex<Vec<HostCluster>>,
+    /// References that the disk has dropped too, but I/O under way may still use.
+    pub(super) retired: Mutex<VecDeque<Retired>>,
+}
+
+impl Qcow2 {
+    /// Opens the image in `storage`, whose unallocated clusters read from `backing`.
+    ///
+    /// Nothing is written before the first write to the disk.
+    ///
+    /// # Errors
+    /// Those of [`Header::read`], [`Header::require_readable`] and, for `Access::ReadWrite`,
+    /// [`Header::require_writable`]; and the storage's.
+    pub async fn open(
+        storage: Arc<dyn Storage>,
+        backing: Option<Arc<dyn Image>>,
+        access: Access,
+    ) -> Result<Self> {
+        let name = storage.name().to_owned();
+        Self::open_unnamed(storage, backing, access)
+            .await
+            .context(|| format!("opening {name}"))
+    }
+
+    async fn open_unnamed(
+        storage: Arc<dyn Storage>,
+        backing: Option<Arc<dyn Image>>,
+        access: Access,
+    ) -> Result<Self> {
+        let header = Header::read(storage.as_ref()).await?;
+        match access {
+            Access::ReadOnly => header.require_readable()?,
+            Access::ReadWrite => header.require_writable()?,
+        }
+        let geometry = Geometry::new(&header);
+        let l1_bytes = u64::from(header.l1_size) * 8;
+        let l1 = read_table(storage.as_ref(), header.l1_table_offset, l1_bytes).await?;
+        let l1 = L1Table::new(geometry, header.l1_table_offset, &l1);
+        let allocator = open_allocator(&storage, geometry, &header, &l1).await?;
+        let virtual_size = header.virtual_size();
+        let l2_limit = geometry.l2_bytes_for(virtual_size).min(MAX_L2_CACHE);
+        Ok(Self {
+            l2: TableCache::new(Arc::clone(&storage), geometry.cluster_size(), l2_limit),
+            has_backing: backing.is_some() || header.backing_file.is_some(),
+            compression_type: header.compression_type,
+            health: Health::new(&header, access),
+            header: async_lock::Mutex::new(header),
+            storage,
+            backing,
+            access,
+            geometry,
+            virtual_size,
+            l1,
+            allocator,
+            grace: Grace::default(),
+            clusters: RangeLocks::default(),
+            tables: RangeLocks::default(),
+            flushes_begun: AtomicU64::new(0),
+            flushing: async_lock::Mutex::new(0),
+            unlinked: Mutex::default(),
+            retired: Mutex::default(),
+        })
+    }
+
+    /// Changes the header's fixed fields, on disk and in memory: one write within one sector.
+    ///
+    /// # Errors
+    /// The storage's; memory then stays as it was.
+    pub(super) async fn update_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
+        let mut header = self.header.lock().await;
+        let mut changed = header.clone();
+        change(&mut changed);
+        let bytes = IoBuf::from_bytes(&changed.encode_fields());
+        self.storage.writev(HostOffset(0), bytes).await?;
+        *header = changed;
+        Ok(())
+    }
+}
+
+async fn read_table(storage: &dyn Storage, at: HostOffset, len: u64) -> Result<Vec<u8>> {
+    let buf = IoBuf::zeroed(to_usize(len));
+    if len > 0 {
+        storage.readv(at, buf.clone()).await?;
+    }
+    Ok(buf.to_vec())
+}
+
+async fn open_allocator(
+    storage: &Arc<dyn Storage>,
+    geometry: Geometry,
+    header: &Header,
+    l1: &L1Table,
+) -> Result<Allocator> {
+    let cluster_size = geometry.cluster_size();
+    let table_at = header.refcount_table_offset;
+    let table_bytes = u64::from(header.refcount_table_clusters) * cluster_size;
+    let table = read_table(storage.as_ref(), table_at, table_bytes).await?;
+    let (words, _) = table.as_chunks::<8>();
+    let l1_at = header.l1_table_offset.0;
+    let snapshots_at = header.snapshots_offset.0;
+    let fixed = vec![
+        0..cluster_size,
+        l1_at..l1_at + u64::from(header.l1_size) * 8,
+        // An entry has 40 bytes and more; how many more is known to those who read the table.
+        snapshots_at..snapshots_at + u64::from(header.nb_snapshots) * 40,
+    ];
+    let layout = Layout {
+        table_at,
+        table: words.iter().map(|word| u64::from_be_bytes(*word)).collect(),
+        file_len: storage.len(),
+        fixed,
+        l2_tables: l1.tables().collect(),
+    };
+    let blocks = TableCache::new(Arc::clone(storage), cluster_size, MAX_REFCOUNT_CACHE);
+    Ok(Allocator::new(geometry, blocks, layout))
+}

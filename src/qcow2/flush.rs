@@ -1,0 +1,198 @@
+//! Writing metadata back, and the order in which it becomes durable.
+//!
+//! # Crash order
+//!
+//! What must be durable before what, whatever a crash lets through of the writes between two barriers:
+//!
+//! 1. Allocate: the refcount block before the L2 entry that links the cluster.
+//! 2. Copied-up data before the L2 entry that makes it hide its source.
+//! 3. Guest data before its L2 entry too, so that a cluster's former contents never show.
+//! 4. Free: the L2 entry's unlink before the refcount decrement and before any reuse.
+//! 5. New L2 table: its refcount and its contents before the L1 entry.
+//! 6. New refcount block: the block before its refcount table entry.
+//! 7. Growing the refcount table: the new table before the header, the header before the old table is freed.
+//! 8. A table or cluster that a snapshot shares is never written: the entry moves to a copy.
+//! 9. A flush returns after everything that completed before it is durable: data, and its whole path L1 → L2.
+//!
+//! One write-back captures (copies) metadata, then writes the copies:
+//!
+//! ```text
+//! capture   references dropped │ L1 │ L2 │ refcount table │ refcount blocks      later ones ⊇ what earlier ones need
+//! write     refcount blocks, fresh L2 tables
+//! barrier   only with new refcount blocks (6);  then the refcount table
+//! barrier   only if something below needs something above, or data (1, 2, 3, 5)
+//! write     L2 tables, L1
+//! barrier   (9)
+//! then      the references dropped are freed (4, `qcow2::quarantine`), refcounts written without a barrier:
+//!           that they come too late is a leak at worst
+//! ```
+//!
+//! Data is written before its entry changes in memory (`qcow2::write`), so a barrier after the capture covers it.
+//!
+//! A failed write of metadata or a failed barrier poisons the image; a full disk does not, since all copies are
+//! dirty again and the next write-back repeats them in the same order.
+
+use std::sync::atomic::Ordering;
+
+use super::allocator;
+use super::engine::Qcow2;
+use super::join::{Piece, join_all};
+use super::l1;
+use super::table_cache::Captured;
+use crate::error::{ErrorKind, Result};
+use crate::storage::Storage;
+use crate::sys::IoBuf;
+use crate::units::{HostCluster, HostOffset};
+
+/// Copies of everything dirty.
+struct Capture {
+    dropped: Vec<HostCluster>,
+    l1: Vec<l1::CapturedSector>,
+    l2: Vec<Captured>,
+    table: Vec<allocator::CapturedSector>,
+    blocks: Vec<Captured>,
+}
+
+/// Writes all of these, several at a time, in no order.
+///
+/// # Errors
+/// The storage's.
+pub(super) async fn write_all<'a>(
+    storage: &'a dyn Storage,
+    writes: impl IntoIterator<Item = (HostOffset, &'a IoBuf)>,
+) -> Result<()> {
+    let pieces = writes
+        .into_iter()
+        .map(|(at, buf)| -> Piece<'a> { storage.writev(at, buf.clone()) });
+    join_all(pieces).await
+}
+
+impl Qcow2 {
+    /// Makes everything durable that completed before the call. Flushes that wait for one another share the next
+    /// one.
+    ///
+    /// # Errors
+    /// The storage's; [`ErrorKind::Poisoned`] once one has failed.
+    pub(super) async fn flush_all(&self) -> Result<()> {
+        let enough = self.flushes_begun.load(Ordering::SeqCst) + 1;
+        let mut last_done = self.flushing.lock().await;
+        if *last_done >= enough {
+            return Ok(());
+        }
+        let number = self.flushes_begun.fetch_add(1, Ordering::SeqCst) + 1;
+        self.check_not_poisoned()?;
+        self.write_back().await?;
+        *last_done = number;
+        Ok(())
+    }
+
+    /// Writes back before an operation that would make still more dirty than memory should hold.
+    ///
+    /// # Errors
+    /// As [`Qcow2::flush_all`].
+    pub(super) async fn make_room_in_memory(&self) -> Result<()> {
+        if self.l2.needs_write_back()
+            || self.allocator.blocks.needs_write_back()
+            || self.has_much_unlinked()
+        {
+            self.flush_all().await?;
+        }
+        Ok(())
+    }
+
+    /// One write-back, with `flushing` held.
+    async fn write_back(&self) -> Result<()> {
+        let capture = self.capture();
+        if let Err(error) = self.write_in_order(&capture).await {
+            self.restore(capture);
+            if error.kind() != ErrorKind::NoSpace {
+                self.health.poison(&error);
+            }
+            return Err(error);
+        }
+        self.l2.written(&capture.l2);
+        self.allocator.blocks.written(&capture.blocks);
+        // Rule 4: their unlinking is durable by now.
+        self.retire(capture.dropped);
+        self.free_retired().await;
+        self.write_refcounts_early().await;
+        Ok(())
+    }
+
+    /// Copies everything dirty, that which needs something else before what it needs.
+    fn capture(&self) -> Capture {
+        let dropped = std::mem::take(&mut *self.lock_unlinked());
+        let l1 = self.l1.capture();
+        let l2 = self.l2.capture();
+        let table = self.allocator.capture_table();
+        let blocks = self.allocator.blocks.capture();
+        Capture {
+            dropped,
+            l1,
+            l2,
+            table,
+            blocks,
+        }
+    }
+
+    fn restore(&self, capture: Capture) {
+        self.unlink(capture.dropped);
+        self.l1.restore(&capture.l1);
+        self.l2.restore(&capture.l2);
+        self.allocator.restore_table(&capture.table);
+        self.allocator.blocks.restore(&capture.blocks);
+    }
+
+    async fn write_in_order(&self, capture: &Capture) -> Result<()> {
+        let storage = self.storage.as_ref();
+        let (fresh, linked): (Vec<_>, Vec<_>) = capture.l2.iter().partition(|table| table.fresh);
+        let first = capture.blocks.iter().chain(fresh.iter().copied());
+        write_all(storage, first.map(|table| (table.at, &table.buf))).await?;
+        if !capture.table.is_empty() {
+            // Rule 6.
+            storage.flush().await?;
+            write_all(
+                storage,
+                capture.table.iter().map(|sector| (sector.at, &sector.buf)),
+            )
+            .await?;
+        }
+        let wrote_first =
+            !(capture.blocks.is_empty() && fresh.is_empty() && capture.table.is_empty());
+        let links = !capture.l1.is_empty() || linked.iter().any(|table| table.links_data);
+        let writes_second = !(linked.is_empty() && capture.l1.is_empty());
+        if writes_second && (wrote_first || links) {
+            // Rules 1, 2, 3 and 5.
+            storage.flush().await?;
+        }
+        let l1 = capture.l1.iter().map(|sector| (sector.at, &sector.buf));
+        write_all(
+            storage,
+            linked.iter().map(|table| (table.at, &table.buf)).chain(l1),
+        )
+        .await?;
+        // Rule 9.
+        storage.flush().await
+    }
+
+    /// Writes decremented refcounts out, so that an image that is closed after a flush has no leaks.
+    ///
+    /// Blocks with increments may be among them. The entries that rely on those link data or an L2 table, and so
+    /// come after a barrier of the next write-back anyway.
+    async fn write_refcounts_early(&self) {
+        if !self.allocator.blocks.is_dirty() {
+            return;
+        }
+        let blocks = self.allocator.blocks.capture();
+        let writes = blocks.iter().map(|block| (block.at, &block.buf));
+        match write_all(self.storage.as_ref(), writes).await {
+            Ok(()) => self.allocator.blocks.written(&blocks),
+            Err(error) => {
+                self.allocator.blocks.restore(&blocks);
+                if error.kind() != ErrorKind::NoSpace {
+                    self.health.poison(&error);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! Whether an image may be written: the corrupt bit, failed metadata writes, and what has to happen before the
+//! first write (qcow2 specification, "Header", feature bits).
+//!
+//! # Invariants
+//!
+//! 1. Once writing has been forbidden it stays so until the image is reopened; reads go on.
+//! 2. Autoclear bits are durably cleared before anything else is written: nothing here keeps up to date what they
+//!    vouch for.
+//! 3. Metadata found broken sets the corrupt bit, so that no one else writes either before a repair.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use super::engine::Qcow2;
+use super::features::{AutoclearFeatures, IncompatibleFeatures};
+use super::header::{Header, Version};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Access;
+
+/// Why writing is forbidden, and whether it has begun.
+#[derive(Debug)]
+pub(super) struct Health {
+    broken: AtomicBool,
+    reason: OnceLock<String>,
+    /// The corrupt bit is still to be set.
+    unrecorded: AtomicBool,
+    /// The first write may go ahead: nothing is left to be cleared.
+    begun: AtomicBool,
+    /// The image cannot be written although it could be opened for writing: why.
+    refusal: Mutex<Option<&'static str>>,
+}
+
+impl Health {
+    /// The state of an image with this header.
+    pub(super) fn new(header: &Header, access: Access) -> Self {
+        let dirty = header
+            .incompatible_features
+            .contains(IncompatibleFeatures::DIRTY);
+        let refusal = dirty.then_some(
+            "its refcounts are out of date (the dirty bit is set): repair it with `qemu-img check -r all`",
+        );
+        let clean = header.autoclear_features == AutoclearFeatures::default();
+        Self {
+            broken: AtomicBool::new(false),
+            reason: OnceLock::new(),
+            unrecorded: AtomicBool::new(false),
+            begun: AtomicBool::new(access == Access::ReadWrite && clean && !dirty),
+            refusal: Mutex::new(refusal),
+        }
+    }
+
+    /// Whether the fast path may write: nothing is broken, and nothing is left to be done before.
+    pub(super) fn allows_writes(&self) -> bool {
+        self.begun.load(Ordering::Acquire) && !self.broken.load(Ordering::Acquire)
+    }
+
+    /// Forbids all further writes.
+    pub(super) fn poison(&self, reason: &dyn std::fmt::Display) {
+        // The first reason is the one to act on.
+        if self.reason.set(reason.to_string()).is_ok() {
+            self.broken.store(true, Ordering::Release);
+        }
+    }
+
+    /// Forbids all further writes since the metadata is broken; the corrupt bit is set by whoever can do I/O next.
+    pub(super) fn find_corrupt(&self, reason: &dyn std::fmt::Display) {
+        self.unrecorded.store(true, Ordering::Release);
+        self.poison(reason);
+    }
+}
+
+impl Qcow2 {
+    /// # Errors
+    /// [`ErrorKind::Poisoned`] if an earlier failure forbids writing.
+    pub(super) fn check_not_poisoned(&self) -> Result<()> {
+        if !self.health.broken.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let reason = self
+            .health
+            .reason
+            .get()
+            .map_or("an earlier failure", String::as_str);
+        Err(Error::new(
+            ErrorKind::Poisoned,
+            format!(
+                "{} takes no writes until it is reopened: {reason}",
+                self.storage.name()
+            ),
+        ))
+    }
+
+    /// What every operation that changes anything begins with.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReadOnly`], [`ErrorKind::Poisoned`], or the storage's.
+    pub(super) async fn begin_writing(&self) -> Result<()> {
+        if self.access == Access::ReadOnly {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("{} is open read-only", self.storage.name()),
+            ));
+        }
+        self.check_not_poisoned()?;
+        if self.health.begun.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let refusal = *self
+            .health
+            .refusal
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(why) = refusal {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("{} cannot be written: {why}", self.storage.name()),
+            ));
+        }
+        // Invariant 2. Two that get here at once do it twice, which does no harm.
+        self.update_header(|header| header.autoclear_features = AutoclearFeatures::default())
+            .await?;
+        self.storage.flush().await?;
+        self.health.begun.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Passes a result on; an error that says the image's metadata is broken also has the consequences
+    /// (invariant 3).
+    pub(super) async fn judge<T>(&self, result: Result<T>) -> Result<T> {
+        if let Err(error) = &result
+            && error.kind() == ErrorKind::Corrupt
+        {
+            self.health.find_corrupt(error);
+        }
+        self.record_corruption().await;
+        result
+    }
+
+    /// Sets the corrupt bit if that is still to be done. What the disk holds is in doubt anyway: a failure here
+    /// changes nothing for the caller.
+    pub(super) async fn record_corruption(&self) {
+        if !self.health.unrecorded.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let reason = self.health.reason.get().map_or("", String::as_str);
+        log::error!(
+            "{}: {reason}; the image takes no more writes: repair it with `qemu-img check -r all`",
+            self.storage.name()
+        );
+        if self.access == Access::ReadOnly {
+            return;
+        }
+        let marked = self
+            .update_header(|header| {
+                if header.version == Version::V3 {
+                    let corrupt = IncompatibleFeatures::CORRUPT;
+                    header.incompatible_features = header.incompatible_features.with(corrupt);
+                }
+            })
+            .await;
+        let durable = match marked {
+            Ok(()) => self.storage.flush().await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = durable {
+            log::error!(
+                "{}: cannot set the corrupt bit: {error}",
+                self.storage.name()
+            );
+        }
+    }
+}
