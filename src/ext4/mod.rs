@@ -7,13 +7,18 @@
 
 pub mod bitmap;
 pub mod checksum;
+pub mod directory;
+pub mod dirhash;
 pub mod extent;
 pub mod features;
 pub mod geometry;
+pub mod group;
 pub mod group_descriptor;
+pub mod htree;
 pub mod inode;
 pub mod jbd2;
 pub mod layout;
+pub mod new_directory;
 pub mod orphan_file;
 pub mod records;
 pub mod superblock;
