@@ -20,14 +20,15 @@
 //! that a miss never blocks another request.
 //!
 //! Imports point down this list only: `cli` → `vhost_user` → `virtio_blk` → `view` → `chain` →
-//! {`qcow2`, `ext4`, `partition`} → `image` → `storage` → `sys`. [`units`] and [`error`] are leaves. Modules of one
-//! layer do not know each other.
+//! {`qcow2`, `ext4`, `partition`} → `image` → `storage` → `sys`. [`units`], [`error`] and [`metrics`] are leaves.
+//! Modules of one layer do not know each other.
 
 pub mod chain;
 pub mod cli;
 pub mod error;
 pub mod ext4;
 pub mod image;
+pub mod metrics;
 pub mod partition;
 pub mod qcow2;
 pub mod storage;

@@ -6,8 +6,10 @@
 //! VMMs start a vhost-user back-end with options alone, so `serve` may be left out: arguments that begin with an
 //! option are `serve`'s.
 
+mod disks;
 pub mod options;
 pub mod output;
+pub mod vm_options;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -49,6 +51,8 @@ verbs! {
     Create in create;
     /// Show what an image says of itself
     Info in info;
+    /// Serve disks to VMs over vhost-user
+    Serve in serve;
 }
 
 /// Disks for VMs that see through their copy-on-write overlays to a base image that stays writable.
@@ -63,11 +67,19 @@ struct Arguments {
 #[must_use]
 pub fn main() -> ExitCode {
     start_logging();
-    let arguments = match Arguments::try_parse_from(with_verb(std::env::args_os())) {
+    let arguments = with_verb(std::env::args_os());
+    if asks_for_capabilities(&arguments) {
+        return exit(serve::print_capabilities());
+    }
+    let arguments = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         Err(error) => return report_usage(&error),
     };
-    match arguments.verb.run() {
+    exit(arguments.verb.run())
+}
+
+fn exit(result: Result<()>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
@@ -105,6 +117,14 @@ fn with_verb(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
         arguments.insert(1, DEFAULT_VERB.into());
     }
     arguments
+}
+
+/// VMMs ask a back-end what it can do with whatever options they like beside, which are then ignored.
+fn asks_for_capabilities(arguments: &[OsString]) -> bool {
+    arguments.get(1).is_some_and(|verb| verb == DEFAULT_VERB)
+        && arguments
+            .iter()
+            .any(|argument| argument == serve::PRINT_CAPABILITIES)
 }
 
 /// Prints what clap has to say: help and version to standard output, mistakes to standard error.

@@ -16,7 +16,7 @@
 use std::cell::OnceCell;
 use std::future::Future;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -210,6 +210,13 @@ impl Reactor {
 impl AsRawFd for Reactor {
     fn as_raw_fd(&self) -> RawFd {
         self.0.epoll.as_raw_fd()
+    }
+}
+
+/// As the raw one.
+impl AsFd for Reactor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.epoll.as_fd()
     }
 }
 

@@ -111,10 +111,11 @@ pub(super) fn features(access: Access) -> u64 {
         spec::VIRTIO_BLK_F_CONFIG_WCE,
         spec::VIRTIO_BLK_F_MQ,
     ];
-    if read_only {
-        bits.push(spec::VIRTIO_BLK_F_RO);
-    } else {
-        bits.extend([spec::VIRTIO_BLK_F_DISCARD, spec::VIRTIO_BLK_F_WRITE_ZEROES]);
+    match access {
+        Access::ReadOnly => bits.push(spec::VIRTIO_BLK_F_RO),
+        Access::ReadWrite => {
+            bits.extend([spec::VIRTIO_BLK_F_DISCARD, spec::VIRTIO_BLK_F_WRITE_ZEROES]);
+        }
     }
     bits.into_iter()
         .fold(0, |features, bit| features | 1 << bit)

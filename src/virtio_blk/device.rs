@@ -1,9 +1,11 @@
 //! One virtio block device: an image and what its driver has set.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::config::{Access, Config, WRITEBACK_OFFSET, WriteCache, features};
+use super::{Status, status_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 
@@ -85,19 +87,33 @@ impl Device {
         })
     }
 
-    /// Begins anew with the features that a driver has accepted: settings are as after a reset.
+    /// Begins anew: what the last driver set is forgotten.
+    pub fn reset(&self) {
+        self.can_flush.store(false, Ordering::Relaxed);
+        self.writeback.store(true, Ordering::Relaxed);
+    }
+
+    /// Takes the features that a driver has accepted. What it has set stays: features may be told again at any time.
     pub fn negotiated(&self, features: u64) {
         use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
-        self.can_flush
-            .store(features & (1 << VIRTIO_BLK_F_FLUSH) != 0, Ordering::Relaxed);
-        self.writeback.store(true, Ordering::Relaxed);
+        let can_flush = features & (1 << VIRTIO_BLK_F_FLUSH) != 0;
+        self.can_flush.store(can_flush, Ordering::Relaxed);
     }
 
     /// Whether a write has to be durable when it completes: because the driver says so, or because it cannot flush
     /// (virtio 1.3, section 5.2.6.2).
     #[must_use]
     pub fn write_cache(&self) -> WriteCache {
-        if self.writeback.load(Ordering::Relaxed) && self.can_flush.load(Ordering::Relaxed) {
+        if self.can_flush.load(Ordering::Relaxed) {
+            self.told_write_cache()
+        } else {
+            WriteCache::WriteThrough
+        }
+    }
+
+    /// What `writeback` says. A driver that reads it may not have accepted any features yet.
+    fn told_write_cache(&self) -> WriteCache {
+        if self.writeback.load(Ordering::Relaxed) {
             WriteCache::WriteBack
         } else {
             WriteCache::WriteThrough
@@ -112,7 +128,7 @@ impl Device {
             limits: self.image.limits(),
             seg_max: self.seg_max,
             queue_count: self.queue_count,
-            write_cache: self.write_cache(),
+            write_cache: self.told_write_cache(),
         };
         config.read(offset, len)
     }
@@ -126,6 +142,13 @@ impl Device {
         if let Some(value) = index.and_then(|i| bytes.get(i)) {
             self.writeback.store(*value & 1 == 1, Ordering::Relaxed);
         }
+    }
+
+    /// Takes note that I/O which the daemon submitted for a request failed; what to tell the driver.
+    pub fn io_failed(&self, error: io::Error) -> Status {
+        let error = Error::io("host I/O", error);
+        self.note_failure("request", &error);
+        status_of(error.kind())
     }
 
     /// Logs why a request failed, seldom enough that no guest fills a log: the first, second, fourth, eighth … time.
@@ -178,6 +201,21 @@ mod tests {
             device.write_cache(),
             WriteCache::WriteThrough,
             "a driver that cannot flush"
+        );
+        device.negotiated(device.features());
+        assert_eq!(device.write_cache(), WriteCache::WriteBack);
+        device.write_config(WRITEBACK_OFFSET, &[0]);
+        device.negotiated(device.features());
+        assert_eq!(
+            device.write_cache(),
+            WriteCache::WriteThrough,
+            "told the same again"
+        );
+        device.reset();
+        assert_eq!(
+            device.read_config(WRITEBACK_OFFSET, 1),
+            [1],
+            "before any feature is accepted"
         );
         device.negotiated(device.features());
         assert_eq!(device.write_cache(), WriteCache::WriteBack);

@@ -196,30 +196,27 @@ impl Image for TestImage {
     }
 
     fn read(&self, at: GuestOffset, buf: IoBuf) -> ImageFuture<'_> {
-        self.disk.readv(HostOffset(at.0), buf)
+        Box::pin(self.disk.readv(HostOffset(at.0), buf))
     }
 
     fn write(&self, at: GuestOffset, buf: IoBuf) -> ImageFuture<'_> {
         let call = Call::Write(at, u64::try_from(buf.len()).unwrap());
-        self.note(call, self.disk.writev(HostOffset(at.0), buf))
+        let then = self.disk.writev(HostOffset(at.0), buf);
+        self.note(call, Box::pin(then))
     }
 
     fn write_zeroes(&self, at: GuestOffset, len: u64, mode: ZeroMode) -> ImageFuture<'_> {
-        self.note(
-            Call::WriteZeroes(at, len, mode),
-            self.disk.write_zeroes(HostOffset(at.0), len, mode),
-        )
+        let then = self.disk.write_zeroes(HostOffset(at.0), len, mode);
+        self.note(Call::WriteZeroes(at, len, mode), Box::pin(then))
     }
 
     fn discard(&self, at: GuestOffset, len: u64) -> ImageFuture<'_> {
-        self.note(
-            Call::Discard(at, len),
-            self.disk.discard(HostOffset(at.0), len),
-        )
+        let then = self.disk.discard(HostOffset(at.0), len);
+        self.note(Call::Discard(at, len), Box::pin(then))
     }
 
     fn flush(&self) -> ImageFuture<'_> {
-        self.note(Call::Flush, self.disk.flush())
+        self.note(Call::Flush, Box::pin(self.disk.flush()))
     }
 
     fn allocation(&self, _at: GuestOffset, len: u64) -> ImageFuture<'_, (Allocation, u64)> {

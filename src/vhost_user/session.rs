@@ -1,0 +1,63 @@
+//! One front-end's session, from its connection until it has left and nothing of it is under way any more.
+
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+
+use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
+
+use super::front_end::FrontEnd;
+use super::server::Vm;
+use crate::error::{Context, Result};
+use crate::sys::block_on;
+
+/// Serves the front-end at the other end of `stream` until it leaves or the stream is shut down; then everything that
+/// its guest was told is written is on the host's disk.
+pub(super) fn serve(vm: &Arc<Vm>, stream: UnixStream) {
+    log::info!("{}: a front-end has connected", vm.name());
+    vm.device().reset();
+    let begun = block_on(vm.device().image().begin_session());
+    if let Err(error) = begun {
+        log::error!("{}: the disk cannot be served: {error}", vm.name());
+        return;
+    }
+    let front_end = Arc::new(Mutex::new(FrontEnd::new(Arc::clone(vm))));
+    let end = handle_messages(stream, Arc::clone(&front_end));
+    // Ends all requests; the last reference is here.
+    drop(front_end);
+    match end {
+        ProtocolError::Disconnected | ProtocolError::SocketBroken(_) => {
+            log::info!("{}: the front-end has left", vm.name());
+        }
+        error => log::error!(
+            "{}: the session ends, as the front-end sent nonsense: {error}",
+            vm.name()
+        ),
+    }
+    log::debug!("{}: {}", vm.name(), vm.counters());
+    if let Err(error) = flush(vm) {
+        log::error!("{error}");
+    }
+}
+
+/// Makes everything that was written durable.
+///
+/// # Errors
+/// If the image cannot be flushed.
+pub(super) fn flush(vm: &Vm) -> Result<()> {
+    if vm.device().image().is_read_only() {
+        return Ok(());
+    }
+    block_on(vm.device().image().flush()).context(|| format!("{}: flushing the disk", vm.name()))
+}
+
+/// Handles one message after the other; returns why there are no more.
+fn handle_messages(stream: UnixStream, front_end: Arc<Mutex<FrontEnd>>) -> ProtocolError {
+    let mut messages = BackendReqHandler::from_stream(stream, front_end);
+    loop {
+        match messages.handle_request() {
+            Ok(()) => {}
+            Err(ProtocolError::SocketRetry(_)) => {}
+            Err(error) => return error,
+        }
+    }
+}

@@ -1,0 +1,403 @@
+//! The worker of one running vring: takes requests off the ring, submits or runs them, and answers.
+//!
+//! # Invariants
+//!
+//! 1. A worker ends only when nothing that it has taken is under way (see the folder's invariant 1).
+//! 2. Before it sleeps, the driver has been told to notify, and the ring has been looked at once more after that: no
+//!    request is overlooked.
+//! 3. The driver is notified at most once per round, after all that has ended is in the used ring.
+//! 4. On the fast path nothing is allocated and no lock is held; a request with more than a few segments spills its
+//!    segment list to the heap.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::call::Call;
+use super::pending::{Ended, PendingRequests, Reply};
+use super::polling::{Advice, Polling};
+use super::stop::Stop;
+use crate::error::{Error, Result};
+use crate::image::{InFlight, Mapped};
+use crate::metrics::QueueCounters;
+use crate::sys::{Direction, HostFile, IoBuf, Reactor};
+use crate::units::HostOffset;
+use crate::virtio_blk::{ChainReader, Device, Operation, Status, WriteCache, execute};
+
+/// Requests taken from the ring between two looks at what has ended.
+const BATCH: usize = 64;
+
+/// What a vring's worker is given when it starts.
+pub(super) struct Setup {
+    /// For messages: the VM and the number of the vring.
+    pub(super) name: String,
+    /// The ring, ready and valid in `memory`.
+    pub(super) queue: Queue,
+    pub(super) memory: Arc<GuestMemoryMmap>,
+    pub(super) device: Arc<Device>,
+    pub(super) kick: Arc<File>,
+    pub(super) call: Arc<Call>,
+    pub(super) stop: Arc<Stop>,
+    pub(super) counters: Arc<QueueCounters>,
+}
+
+/// A worker; it lives on its thread.
+pub(super) struct Worker {
+    setup: Setup,
+    reactor: Reactor,
+    epoll: Epoll,
+    reader: ChainReader,
+    pending: PendingRequests,
+    /// Requests that have ended and not been answered.
+    ended: Rc<RefCell<VecDeque<Ended>>>,
+    polling: Polling,
+    /// The driver broke the rules of the ring: nothing more is taken from it.
+    broken: bool,
+    /// Descriptors in the used ring that the driver has not been told of.
+    untold: bool,
+}
+
+/// The straight way for a request.
+enum Fast {
+    /// Answered.
+    Done,
+    /// One extent of one host file.
+    Submit {
+        file: HostFile,
+        direction: Direction,
+        at: HostOffset,
+        buf: IoBuf,
+        guard: InFlight,
+    },
+    /// There is none.
+    No(Operation),
+}
+
+impl Worker {
+    /// A worker on the calling thread.
+    ///
+    /// # Errors
+    /// If the thread gets no ring or no epoll instance, or the kick descriptor cannot be waited for.
+    pub(super) fn new(setup: Setup) -> Result<Self> {
+        let reactor = Reactor::current().map_err(|error| Error::io(setup.name.as_str(), error))?;
+        let epoll = watch(&setup, &reactor)
+            .map_err(|error| Error::io(format!("{}: waiting for kicks", setup.name), error))?;
+        let size = setup.queue.size();
+        Ok(Self {
+            reader: ChainReader::new(setup.device.seg_max()),
+            pending: PendingRequests::new(size),
+            ended: Rc::new(RefCell::new(VecDeque::with_capacity(usize::from(size)))),
+            polling: Polling::new(),
+            broken: false,
+            untold: false,
+            setup,
+            reactor,
+            epoll,
+        })
+    }
+
+    /// Serves the ring until it is told to stop, and then ends what is under way.
+    ///
+    /// Returns the index of the next request in the available ring.
+    pub(super) fn run(mut self) -> u16 {
+        self.suppress_kicks();
+        while !self.setup.stop.is_requested() {
+            let taken = self.take_requests();
+            if self.turn() || taken {
+                self.polling.worked();
+            } else if self.polling.found_nothing(Instant::now()) == Advice::Sleep {
+                self.sleep();
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+        self.drain();
+        self.setup.queue.next_avail()
+    }
+
+    /// Takes what the driver has offered, a batch at most; whether there was anything.
+    fn take_requests(&mut self) -> bool {
+        let memory = Arc::clone(&self.setup.memory);
+        let mut taken = 0;
+        while taken < BATCH && !self.broken && !self.pending.is_full() {
+            let next = self
+                .setup
+                .queue
+                .iter(&*memory)
+                .map(|mut heads| heads.next());
+            match next {
+                Ok(Some(chain)) => self.take_request(chain, &memory),
+                Ok(None) => break,
+                Err(error) => self.give_up(&error),
+            }
+            taken += 1;
+        }
+        taken > 0
+    }
+
+    fn take_request(
+        &mut self,
+        chain: DescriptorChain<&GuestMemoryMmap>,
+        memory: &Arc<GuestMemoryMmap>,
+    ) {
+        let head = chain.head_index();
+        match self.reader.parse(chain, memory, &self.setup.device) {
+            Ok(request) => self.begin(head, request.status_at, request.operation),
+            Err(rejection) => {
+                let reply = Reply {
+                    head,
+                    status_at: rejection.status_at,
+                    written_len: 0,
+                };
+                self.answer(&reply, rejection.status);
+            }
+        }
+    }
+
+    fn begin(&mut self, head: u16, status_at: GuestAddress, operation: Operation) {
+        let reply = Reply {
+            head,
+            status_at: Some(status_at),
+            written_len: operation.written_len(),
+        };
+        let counters = &self.setup.counters;
+        match fast_path(&self.setup.device, operation) {
+            Fast::Done => {
+                counters.immediate.increment();
+                self.answer(&reply, Status::Ok);
+            }
+            Fast::Submit {
+                file,
+                direction,
+                at,
+                buf,
+                guard,
+            } => {
+                counters.fast.increment();
+                let token = self.pending.begin(reply, guard);
+                self.reactor.submit_fast(&file, direction, at, buf, token);
+            }
+            Fast::No(operation) => {
+                counters.slow.increment();
+                let token = self.pending.begin(reply, InFlight::none());
+                let device = Arc::clone(&self.setup.device);
+                let ended = Rc::clone(&self.ended);
+                let task = async move {
+                    let status = execute(&device, operation).await;
+                    ended.borrow_mut().push_back(Ended { token, status });
+                };
+                self.reactor.spawn_local(task).detach();
+            }
+        }
+    }
+
+    /// Lets everything under way go on, and answers what has ended; whether anything has.
+    fn turn(&mut self) -> bool {
+        let Self {
+            reactor,
+            ended,
+            setup,
+            ..
+        } = self;
+        reactor.turn(&mut |token, outcome| {
+            let status = match outcome {
+                Ok(()) => Status::Ok,
+                Err(error) => setup.device.io_failed(error),
+            };
+            ended.borrow_mut().push_back(Ended { token, status });
+        });
+        let mut answered = false;
+        loop {
+            let Some(Ended { token, status }) = self.ended.borrow_mut().pop_front() else {
+                break;
+            };
+            if let Some(reply) = self.pending.end(token) {
+                self.answer(&reply, status);
+                answered = true;
+            }
+        }
+        self.tell();
+        answered
+    }
+
+    /// Gives a request's descriptor back with its status.
+    fn answer(&mut self, reply: &Reply, status: Status) {
+        let memory = &*self.setup.memory;
+        if status != Status::Ok {
+            self.setup.counters.failed.increment();
+        }
+        let mut len = 0;
+        if let Some(at) = reply.status_at
+            && memory.write_obj(status.to_byte(), at).is_ok()
+        {
+            len = reply.written_len.saturating_add(1);
+        }
+        match self.setup.queue.add_used(memory, reply.head, len) {
+            Ok(()) => self.untold = true,
+            Err(error) => self.give_up(&error),
+        }
+    }
+
+    /// Notifies the driver of used descriptors, unless it does not want to know.
+    fn tell(&mut self) {
+        if !std::mem::take(&mut self.untold) {
+            return;
+        }
+        let memory = &*self.setup.memory;
+        let queue = &mut self.setup.queue;
+        let wanted = if queue.event_idx_enabled() {
+            queue.needs_notification(memory)
+        } else {
+            let flags = memory.load::<u16>(GuestAddress(queue.avail_ring()), Ordering::SeqCst);
+            Ok(flags.map_or(true, |flags| {
+                u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0
+            }))
+        };
+        // In doubt the driver is told: a notification too many does no harm.
+        if wanted.unwrap_or(true) {
+            self.setup.counters.notifications.increment();
+            self.setup.call.notify();
+        }
+    }
+
+    /// Takes nothing more from a ring whose driver broke its rules, until it is set up anew.
+    fn give_up(&mut self, error: &virtio_queue::Error) {
+        if !std::mem::replace(&mut self.broken, true) {
+            log::error!(
+                "{}: the driver broke its ring, which stops until it is set up anew: {error}",
+                self.setup.name
+            );
+        }
+    }
+
+    fn suppress_kicks(&mut self) {
+        if let Err(error) = self.setup.queue.disable_notification(&*self.setup.memory) {
+            self.give_up(&error);
+        }
+    }
+
+    /// Asks to be kicked; whether the ring is empty still.
+    fn request_kicks(&mut self) -> bool {
+        if self.broken || self.pending.is_full() {
+            // There is nothing to take, or no room for it: what ends first wakes the worker.
+            return true;
+        }
+        match self.setup.queue.enable_notification(&*self.setup.memory) {
+            Ok(more) => !more,
+            Err(error) => {
+                self.give_up(&error);
+                true
+            }
+        }
+    }
+
+    /// Sleeps until there is something to do.
+    fn sleep(&mut self) {
+        if !self.request_kicks() {
+            self.suppress_kicks();
+            self.polling.worked();
+            return;
+        }
+        self.setup.counters.sleeps.increment();
+        let start = Instant::now();
+        self.wait_for_events();
+        self.polling.slept(start.elapsed());
+        self.suppress_kicks();
+    }
+
+    fn wait_for_events(&mut self) {
+        let mut events = [EpollEvent::empty(); 3];
+        match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => {
+                log::error!("{}: waiting for kicks failed: {error}", self.setup.name);
+                self.setup.stop.request();
+            }
+        }
+    }
+
+    /// Ends everything under way, tasks that requests have left behind among it.
+    fn drain(&mut self) {
+        loop {
+            self.turn();
+            if self.pending.count() == 0
+                && self.reactor.task_count() == 0
+                && self.reactor.in_flight() == 0
+            {
+                return;
+            }
+            self.reactor.wait();
+        }
+    }
+}
+
+/// Finds the straight way for `operation`, if memory alone tells that there is one.
+fn fast_path(device: &Device, operation: Operation) -> Fast {
+    let (direction, at, buf) = match operation {
+        Operation::Read { at, into } if !into.is_empty() => (Direction::Read, at, into),
+        Operation::Write { at, from }
+            if !from.is_empty() && device.write_cache() == WriteCache::WriteBack =>
+        {
+            (Direction::Write, at, from)
+        }
+        other => return Fast::No(other),
+    };
+    let mapped = match direction {
+        Direction::Read => device.image().map_read(at, byte_count(&buf)),
+        Direction::Write => device.image().map_write(at, byte_count(&buf)),
+    };
+    match mapped {
+        Mapped::Extent { storage, at, guard } => {
+            if let Some(file) = storage.host_file()
+                && file.takes(at, &buf)
+            {
+                let file = file.clone();
+                return Fast::Submit {
+                    file,
+                    direction,
+                    at,
+                    buf,
+                    guard,
+                };
+            }
+        }
+        Mapped::Zeroes if direction == Direction::Read => {
+            buf.zero(0..buf.len());
+            return Fast::Done;
+        }
+        Mapped::Zeroes | Mapped::Slow => {}
+    }
+    Fast::No(match direction {
+        Direction::Read => Operation::Read { at, into: buf },
+        Direction::Write => Operation::Write { at, from: buf },
+    })
+}
+
+fn byte_count(buf: &IoBuf) -> u64 {
+    u64::try_from(buf.len()).unwrap_or(u64::MAX)
+}
+
+/// Watches for all that ends a worker's sleep.
+fn watch(setup: &Setup, reactor: &Reactor) -> io::Result<Epoll> {
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    let readable = EpollEvent::new(EpollFlags::EPOLLIN, 0);
+    // Every kick is an edge, so that nobody has to read the counter: the descriptor belongs to the front-end, which
+    // may have made reading it block, or may have sent something else than an eventfd.
+    let kicked = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, 0);
+    epoll.add(&*setup.kick, kicked)?;
+    epoll.add(setup.stop.as_fd(), readable)?;
+    epoll.add(reactor, readable)?;
+    Ok(epoll)
+}
