@@ -2,14 +2,20 @@
 //!
 //! Everything above reads and writes host bytes through [`Storage`] alone.
 
+mod crash;
+mod fault;
 mod file;
 mod future;
 mod memory;
 mod range_lock;
+mod seeded;
 
+pub use crash::{CrashStorage, Lost, Moment};
+pub use fault::{Fault, FaultStorage, Operation};
 pub use file::{Access, CacheMode, FileStorage};
 pub use future::IoFuture;
 pub use memory::MemoryStorage;
+pub use seeded::Delays;
 
 use crate::sys::{HostFile, IoBuf};
 use crate::units::HostOffset;
