@@ -22,6 +22,7 @@ use super::host::{HostOptions, open_file};
 use super::inspect::{Unnamed, check_depth, detect, read_header};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::{Access, Image, RawImage, ReadOnlyImage};
+use crate::qcow2::Qcow2;
 use crate::qcow2::header::Header;
 use crate::storage::FileStorage;
 use crate::sys::FileId;
@@ -281,19 +282,13 @@ fn identify(path: &Path) -> Result<FileId> {
 /// Makes an image of an open file, and enters it in the registry.
 async fn build(open: &mut Open, layer: Layer, below: Option<OpenImage>) -> Result<OpenImage> {
     let id = layer.storage.id();
-    let backing_source = below.map(|below| below.source);
+    let (backing_image, backing_source) = below.map_or((None, None), |below| {
+        (Some(below.image), Some(below.source))
+    });
     let storage = Arc::new(layer.storage);
     let image: Arc<dyn Image> = match layer.format {
         Format::Raw => Arc::new(RawImage::new(storage, layer.access)),
-        Format::Qcow2 => {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!(
-                    "{}: qcow2 images cannot be served yet",
-                    layer.path.display()
-                ),
-            ));
-        }
+        Format::Qcow2 => Arc::new(Qcow2::open(storage, backing_image, layer.access).await?),
     };
     let source = Arc::new(Source {
         path: layer.path,
@@ -374,6 +369,56 @@ mod tests {
     }
 
     #[test]
+    fn a_file_is_one_object_however_it_is_reached() {
+        let directory = Directory::new();
+        directory.raw("base.raw");
+        directory.overlay("tom.qcow2", "base.raw", "raw");
+        directory.overlay("ann.qcow2", "./base.raw", "raw");
+        std::os::unix::fs::symlink("base.raw", directory.path("link.raw")).unwrap();
+        let registry = registry();
+        // The overlays come first: the base is opened for writing behind them, since the third disk writes.
+        let disks = family(
+            &registry,
+            &[
+                directory.request("tom.qcow2", Access::ReadWrite),
+                directory.request("ann.qcow2", Access::ReadWrite),
+                directory.request("link.raw", Access::ReadWrite),
+            ],
+        )
+        .unwrap();
+        let base = &disks[2].image;
+        assert!(!base.is_read_only());
+        for disk in &disks[..2] {
+            assert!(Arc::ptr_eq(disk.image.backing().unwrap(), base));
+            let source = disk.source.backing.as_ref().unwrap();
+            assert!(Arc::ptr_eq(source, &disks[2].source));
+        }
+        block_on(base.write(GuestOffset(0), IoBuf::from_bytes(&[9]))).unwrap();
+        assert_eq!(first_byte(&disks[0].image), 9);
+        let again = block_on(registry.open(&directory.request("tom.qcow2", Access::ReadWrite)));
+        assert!(Arc::ptr_eq(&again.unwrap().image, &disks[0].image));
+    }
+
+    #[test]
+    fn a_base_that_nobody_writes_to_is_open_read_only_and_cannot_become_writable() {
+        let directory = Directory::new();
+        directory.raw("base.raw");
+        directory.overlay("tom.qcow2", "base.raw", "raw");
+        let registry = registry();
+        let tom = family(
+            &registry,
+            &[directory.request("tom.qcow2", Access::ReadWrite)],
+        )
+        .unwrap();
+        assert!(tom[0].image.backing().unwrap().is_read_only());
+        let writable = [directory.request("base.raw", Access::ReadWrite)];
+        let error = family(&registry, &writable).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::InUse);
+        drop(tom);
+        family(&registry, &writable).unwrap();
+    }
+
+    #[test]
     fn a_disk_that_is_wanted_read_only_stays_so_when_another_writes_to_it() {
         let directory = Directory::new();
         directory.raw("base.raw");
@@ -394,6 +439,21 @@ mod tests {
         )
         .unwrap();
         assert_eq!(first_byte(&disks[0].image), 9);
+    }
+
+    #[test]
+    fn a_file_cannot_have_two_formats_at_once() {
+        let directory = Directory::new();
+        directory.raw("base.raw");
+        directory.overlay("a.qcow2", "base.raw", "raw");
+        directory.overlay("b.qcow2", "a.qcow2", "raw");
+        let requests = [
+            directory.request("a.qcow2", Access::ReadOnly),
+            directory.request("b.qcow2", Access::ReadOnly),
+        ];
+        let error = family(&registry(), &requests).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+        assert!(error.to_string().contains("a.qcow2"), "{error}");
     }
 
     #[test]
