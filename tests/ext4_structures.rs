@@ -17,7 +17,8 @@ use seethrough::error::ErrorKind;
 use seethrough::ext4::checksum::Checksums;
 use seethrough::ext4::group_descriptor::{self, GroupDescriptor, Locations};
 use seethrough::ext4::superblock::{self, SUPERBLOCK_SIZE, Superblock};
-use seethrough::ext4::{bitmap, inode};
+use seethrough::ext4::volatile::FreeCounts;
+use seethrough::ext4::{bitmap, inode, xattr_block};
 use seethrough::units::{BlockGroup, FsBlock, InodeNumber};
 
 /// What dumpe2fs prints about one group.
@@ -119,6 +120,7 @@ fn descriptors_say_what_dumpe2fs_says_and_their_checksums_are_right() {
             superblock.group_count,
             "{recipe:?}"
         );
+        let mut sum = Vec::new();
         for (group, expected) in superblock.groups().zip(dumped) {
             let bytes = golden.descriptor(group);
             group_descriptor::verify(&superblock.checksums, group, &bytes).unwrap();
@@ -132,10 +134,14 @@ fn descriptors_say_what_dumpe2fs_says_and_their_checksums_are_right() {
                 directories: descriptor.used_dirs_count,
             };
             assert_eq!(found, expected, "{recipe:?}, group {group}");
+            sum.push(descriptor.free());
             let mut rewritten = bytes.clone();
             descriptor.write_to(&mut rewritten);
             assert_eq!(rewritten, bytes, "{recipe:?}, group {group}");
         }
+        let sum: FreeCounts = sum.into_iter().sum();
+        assert_eq!(sum.blocks, superblock.free_blocks_count, "{recipe:?}");
+        assert_eq!(sum.inodes, superblock.free_inodes_count, "{recipe:?}");
     }
 }
 
@@ -272,6 +278,48 @@ fn a_damaged_foreign_inode_is_served_as_it_is() {
     let mut served = damaged.clone();
     inode::foreign(&superblock, inode::ROOT, &mut served);
     assert_eq!(served, damaged);
+}
+
+#[test]
+fn a_foreign_attribute_block_is_shared_to_the_full() {
+    for recipe in [&RECIPES[0], &RECIPES[4]] {
+        let golden = Golden::make(recipe);
+        let superblock = golden.superblock();
+        let checksums = &superblock.checksums;
+        let value = "v".repeat(400);
+        golden.debugfs(&[&format!("ea_set /usr/share/doc/file-3 user.large {value}")]);
+        let stat = golden.tool("debugfs", &["-R", "stat /usr/share/doc/file-3"]);
+        let number = InodeNumber(u32::try_from(number_after(&stat, "Inode:")).unwrap());
+        let block = FsBlock(inode::Inode::parse(&golden.inode(number)).file_acl);
+        assert_eq!(block.0, number_after(&stat, "File ACL:"));
+        let stored = golden.block(block);
+        assert!(
+            xattr_block::is_intact(checksums, block, &stored),
+            "{recipe:?}"
+        );
+        let mut served = stored.clone();
+        xattr_block::foreign(checksums, block, &mut served);
+        assert!(xattr_block::is_intact(checksums, block, &served));
+        assert_eq!(served[4..8], 1024u32.to_le_bytes());
+        assert_eq!(
+            (&served[..4], &served[8..0x10]),
+            (&stored[..4], &stored[8..0x10])
+        );
+        assert_eq!(served[0x14..], stored[0x14..]);
+        let again = served.clone();
+        xattr_block::foreign(checksums, block, &mut served);
+        assert_eq!(served, again);
+
+        let mut other = golden.block(FsBlock(block.0 + 1));
+        let before = other.clone();
+        xattr_block::foreign(checksums, block, &mut other);
+        assert_eq!(other, before, "no attribute block");
+        if checksums.seed().is_some() {
+            let mut moved = stored.clone();
+            xattr_block::foreign(checksums, FsBlock(block.0 + 1), &mut moved);
+            assert_eq!(moved, stored, "its checksum is wrong");
+        }
+    }
 }
 
 #[test]

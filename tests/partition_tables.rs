@@ -9,6 +9,7 @@
 use std::fs;
 use std::io::Write;
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -86,8 +87,11 @@ fn mbr_partition(number: u32, start: u64, len: u64) -> Partition {
     }
 }
 
+/// A disk with partitions 1 and 3: sgdisk takes its time, so it makes it once.
 fn two_gpt_partitions() -> Vec<u8> {
-    sgdisk(&["-n", "1:2048:+16M", "-n", "3:0:+8M"])
+    static DISK: OnceLock<Vec<u8>> = OnceLock::new();
+    DISK.get_or_init(|| sgdisk(&["-n", "1:2048:+16M", "-n", "3:0:+8M"]))
+        .clone()
 }
 
 fn expected_gpt() -> Vec<Partition> {

@@ -108,10 +108,7 @@ impl<'a> Group<'a> {
     /// Free blocks and inodes.
     #[must_use]
     pub fn free(&self) -> FreeCounts {
-        FreeCounts {
-            blocks: u64::from(self.descriptor.free_blocks_count),
-            inodes: self.descriptor.free_inodes_count,
-        }
+        self.descriptor.free()
     }
 
     /// The first thing in use besides the structures of the filesystem; `None` if the group holds nothing of anyone.

@@ -6,6 +6,7 @@
 use super::checksum::{Checksums, crc16, crc32c};
 use super::fields::{le16, put_le16, put_split16, put_split32, split16, split32};
 use super::superblock::Superblock;
+use super::volatile::FreeCounts;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BlockGroup, FsBlock};
 
@@ -90,6 +91,15 @@ impl GroupDescriptor {
         put_split16(bytes, 0x1a, 0x3a, self.inode_bitmap_csum);
         put_split16(bytes, 0x1c, 0x32, self.itable_unused);
         put_le16(bytes, CHECKSUM, self.checksum);
+    }
+
+    /// The group's free blocks and inodes.
+    #[must_use]
+    pub fn free(&self) -> FreeCounts {
+        FreeCounts {
+            blocks: u64::from(self.free_blocks_count),
+            inodes: self.free_inodes_count,
+        }
     }
 
     /// Whether the block bitmap on disk means nothing: the group holds its metadata and no more. The flag counts

@@ -23,5 +23,6 @@ pub mod orphan_file;
 pub mod records;
 pub mod superblock;
 pub mod volatile;
+pub mod xattr_block;
 
 mod fields;

@@ -2,8 +2,8 @@
 //!
 //! Structural fields (sizes, features, UUIDs, where things are) come from the base. Volatile fields are those that
 //! a kernel writes by itself while it has the filesystem mounted; each VM keeps its own:
-//! state, mount count and times, the error record, the list of orphans, free counts, kilobytes written, where it
-//! was last mounted, and the feature bits `needs_recovery` and `orphan_present`.
+//! state, mount count and times, the error record, the list of orphans, free counts, overhead, kilobytes written,
+//! where it was last mounted, and the feature bits `needs_recovery` and `orphan_present`.
 //!
 //! Some feature bits a kernel sets by itself when a file first needs them. They allow more and change nothing for
 //! files without that need, so a VM sees them if either the base or the VM itself has set them.
@@ -34,6 +34,8 @@ const VOLATILE: &[Range<usize>] = &[
     0x178..0x180,
     // s_error_count to s_last_error_func
     0x194..0x200,
+    // s_overhead_clusters: what statfs takes off; a kernel that counts otherwise writes its own count
+    0x248..0x24c,
     // s_wtime_hi, s_mtime_hi
     0x274..0x276,
     // s_lastcheck_hi, s_first_error_time_hi, s_last_error_time_hi, s_first_error_errcode, s_last_error_errcode
@@ -82,6 +84,16 @@ pub struct FreeCounts {
     pub blocks: u64,
     /// Free inodes.
     pub inodes: u32,
+}
+
+/// Sums, for groups whose counts are added up; what cannot be stays at the largest number.
+impl std::iter::Sum for FreeCounts {
+    fn sum<I: Iterator<Item = Self>>(counts: I) -> Self {
+        counts.fold(Self::default(), |sum, next| Self {
+            blocks: sum.blocks.saturating_add(next.blocks),
+            inodes: sum.inodes.saturating_add(next.inodes),
+        })
+    }
 }
 
 /// What a VM reads as the superblock: the structure of `base`, the volatile fields of `own`, and of the blocks that
