@@ -2,13 +2,16 @@
 
 use std::fmt;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::host::{HostOptions, open_file};
 use crate::error::{Context, Result};
-use crate::image::Access;
+use crate::image::{Access, Image};
 use crate::qcow2::create::{CreateOptions, L2Entries, RefcountUpdates};
 use crate::qcow2::header::Version;
-use crate::qcow2::{self};
+use crate::qcow2::header_extension::ExtensionType;
+use crate::qcow2::header_update::set_extension;
+use crate::qcow2::{self, Qcow2};
 use crate::storage::{CacheMode, FileStorage, Storage};
 use crate::units::SECTOR_SIZE;
 
@@ -30,29 +33,84 @@ pub enum NewImage {
 /// Those of the host, of [`open_file`] and of [`qcow2::create::create`]. A file that was not there before is gone
 /// again.
 pub async fn create(path: &Path, image: &NewImage) -> Result<()> {
-    let existed = path.exists();
-    if !existed {
-        FileStorage::create_new(path, CacheMode::Writeback)?;
-    }
-    let written = write(path, image).await;
-    if written.is_err() && !existed {
-        // The first error is the one to tell.
-        let _ = std::fs::remove_file(path);
-    }
-    written
+    let file = NewFile::at(path)?;
+    write(&file.open()?, image)
+        .await
+        .context(|| path.display().to_string())?;
+    file.keep();
+    Ok(())
 }
 
-async fn write(path: &Path, image: &NewImage) -> Result<()> {
-    let storage = open_file(path, Access::ReadWrite, HostOptions::default())?;
+/// Makes `path` a new qcow2 image over `backing`, lets `fill` write to the disk, and has it declare `extension` when
+/// all of that is durable: an image whose creation was cut short declares nothing.
+///
+/// # Errors
+/// As [`create`], and what `fill` fails with. A file that was not there before is gone again.
+pub async fn create_filled(
+    path: &Path,
+    options: &CreateOptions,
+    backing: Option<Arc<dyn Image>>,
+    extension: (ExtensionType, &[u8]),
+    fill: impl AsyncFnOnce(&dyn Image) -> Result<()>,
+) -> Result<()> {
+    let file = NewFile::at(path)?;
+    let storage = Arc::new(file.open()?);
+    let filled = async {
+        qcow2::create::create(storage.as_ref(), options).await?;
+        let shared = Arc::clone(&storage) as Arc<dyn Storage>;
+        let disk = Qcow2::open(shared, backing, Access::ReadWrite).await?;
+        fill(&disk).await?;
+        disk.flush().await?;
+        drop(disk);
+        let (extension_type, data) = extension;
+        set_extension(storage.as_ref(), extension_type, data).await
+    };
+    filled.await.context(|| path.display().to_string())?;
+    file.keep();
+    Ok(())
+}
+
+/// A file that goes again unless it is kept, or was there before.
+struct NewFile<'a> {
+    path: &'a Path,
+    remove: bool,
+}
+
+impl<'a> NewFile<'a> {
+    fn at(path: &'a Path) -> Result<Self> {
+        let remove = !path.exists();
+        if remove {
+            FileStorage::create_new(path, CacheMode::Writeback)?;
+        }
+        Ok(Self { path, remove })
+    }
+
+    fn open(&self) -> Result<FileStorage> {
+        open_file(self.path, Access::ReadWrite, HostOptions::default())
+    }
+
+    fn keep(mut self) {
+        self.remove = false;
+    }
+}
+
+impl Drop for NewFile<'_> {
+    fn drop(&mut self) {
+        if self.remove {
+            // The failure that led here is the one to tell.
+            let _ = std::fs::remove_file(self.path);
+        }
+    }
+}
+
+async fn write(storage: &dyn Storage, image: &NewImage) -> Result<()> {
     match image {
         NewImage::Raw { size } => {
             storage.set_len(0).await?;
             storage.set_len(size.next_multiple_of(SECTOR_SIZE)).await?;
             storage.flush().await
         }
-        NewImage::Qcow2(options) => qcow2::create::create(&storage, options)
-            .await
-            .context(|| path.display().to_string()),
+        NewImage::Qcow2(options) => qcow2::create::create(storage, options).await,
     }
 }
 
@@ -89,5 +147,86 @@ impl fmt::Display for NewImage {
             switch(options.refcount_updates == RefcountUpdates::Lazy),
             options.refcount_bits
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{Error, ErrorKind};
+    use crate::image::RawImage;
+    use crate::qcow2::create::BackingReference;
+    use crate::qcow2::header::Header;
+    use crate::qcow2::header_extension::SEETHROUGH_EXTENSION;
+    use crate::storage::MemoryStorage;
+    use crate::sys::{IoBuf, block_on};
+    use crate::units::GuestOffset;
+
+    fn overlay() -> CreateOptions {
+        CreateOptions {
+            backing: Some(BackingReference {
+                file: "base.raw".into(),
+                format: "raw".to_owned(),
+            }),
+            ..CreateOptions::new(1 << 20)
+        }
+    }
+
+    fn base() -> Arc<dyn Image> {
+        let storage = MemoryStorage::new(vec![7; 1 << 20]);
+        Arc::new(RawImage::new(Arc::new(storage), Access::ReadOnly))
+    }
+
+    #[test]
+    fn a_filled_image_holds_what_was_written_and_declares_its_extension() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("tom.qcow2");
+        let extension = (SEETHROUGH_EXTENSION, b"{}".as_slice());
+        block_on(create_filled(
+            &path,
+            &overlay(),
+            Some(base()),
+            extension,
+            async |disk| {
+                disk.write(GuestOffset(4096), IoBuf::from_bytes(&[9; 512]))
+                    .await
+            },
+        ))
+        .unwrap();
+        let storage = FileStorage::open(&path, Access::ReadOnly, CacheMode::Writeback).unwrap();
+        let header = block_on(Header::read(&storage)).unwrap();
+        assert_eq!(
+            header.extension(SEETHROUGH_EXTENSION),
+            Some(b"{}".as_slice())
+        );
+        assert_eq!(header.backing_file.as_deref(), Some("base.raw".as_ref()));
+        let disk = Qcow2::open(Arc::new(storage), Some(base()), Access::ReadOnly);
+        let disk = block_on(disk).unwrap();
+        let buf = IoBuf::zeroed(1024);
+        block_on(disk.read(GuestOffset(4096 - 512), buf.clone())).unwrap();
+        assert_eq!(buf.to_vec(), [[7; 512], [9; 512]].concat());
+    }
+
+    #[test]
+    fn a_creation_that_fails_leaves_no_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("tom.qcow2");
+        let extension = (SEETHROUGH_EXTENSION, b"{}".as_slice());
+        let failing = async |_: &dyn Image| Err(Error::new(ErrorKind::Io, "the host is on fire"));
+        let failed = block_on(create_filled(
+            &path,
+            &overlay(),
+            Some(base()),
+            extension,
+            failing,
+        ));
+        assert!(failed.unwrap_err().to_string().contains("on fire"));
+        assert!(!path.exists());
+        let impossible = CreateOptions {
+            cluster_size: 5,
+            ..overlay()
+        };
+        block_on(create(&path, &NewImage::Qcow2(impossible))).unwrap_err();
+        assert!(!path.exists());
     }
 }
