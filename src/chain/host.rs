@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Access;
-use crate::storage::{CacheMode, FileStorage};
+use crate::storage::{CacheMode, FileStorage, LockRole};
 
 /// Whether an image is protected from other programs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,5 +48,12 @@ pub fn open_file(path: &Path, access: Access, options: HostOptions) -> Result<Fi
             ),
         ));
     }
-    FileStorage::open(path, access, options.cache)
+    let storage = FileStorage::open(path, access, options.cache)?;
+    if options.locking == Locking::Lock {
+        storage.lock(match access {
+            Access::ReadOnly => LockRole::Reader,
+            Access::ReadWrite => LockRole::Writer,
+        })?;
+    }
+    Ok(storage)
 }

@@ -14,7 +14,7 @@
 //!     storage.flush().await?;
 //!     let acknowledged = storage.now();
 //!     storage.writev(HostOffset(512), IoBuf::from_bytes(b"second")).await?;
-//!     seethrough::error::Result::Ok(acknowledged)
+//!     Ok::<_, seethrough::error::Error>(acknowledged)
 //! })
 //! .unwrap();
 //! for cut in storage.moments() {

@@ -6,6 +6,7 @@ mod crash;
 mod fault;
 mod file;
 mod future;
+mod lock;
 mod memory;
 mod range_lock;
 mod seeded;
@@ -14,6 +15,7 @@ pub use crash::{CrashStorage, Lost, Moment};
 pub use fault::{Fault, FaultStorage, Operation};
 pub use file::{Access, CacheMode, FileStorage};
 pub use future::IoFuture;
+pub use lock::LockRole;
 pub use memory::MemoryStorage;
 pub use seeded::Delays;
 

@@ -16,7 +16,7 @@ use flush::Flushes;
 
 use super::future::Doing;
 use super::range_lock::RangeLock;
-use super::{IoFuture, Storage, ZeroMode};
+use super::{IoFuture, LockRole, Storage, ZeroMode, lock};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{self, FileId, HostFile, IoBuf};
 use crate::units::HostOffset;
@@ -134,10 +134,13 @@ impl FileStorage {
         self.id
     }
 
-    /// The open file itself, for its locks.
-    #[must_use]
-    pub fn file(&self) -> &HostFile {
-        &self.file
+    /// Locks the file as stock QEMU does, until it is closed: to be done before anything is read from it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] if another process, or another open file of this one, uses it in a way that excludes
+    /// `role`.
+    pub fn lock(&self, role: LockRole) -> Result<()> {
+        lock::lock(&self.file, &self.name, role)
     }
 
     fn doing(&self, verb: &'static str, at: HostOffset, len: u64) -> Doing<'_> {
