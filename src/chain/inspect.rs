@@ -123,7 +123,10 @@ pub(super) fn check_depth(path: &Path, depth: usize) -> Result<()> {
 }
 
 /// The format of an image of which nobody says it.
-pub(super) async fn detect(storage: &FileStorage, unnamed: Unnamed) -> Result<Format> {
+///
+/// # Errors
+/// As [`Format::of_unnamed`], and the storage's.
+pub async fn detect(storage: &FileStorage, unnamed: Unnamed) -> Result<Format> {
     let start = IoBuf::zeroed(MAGIC.len());
     storage.readv(HostOffset(0), start.clone()).await?;
     match (Format::of_unnamed(storage.name(), &start.to_vec()), unnamed) {
@@ -133,7 +136,10 @@ pub(super) async fn detect(storage: &FileStorage, unnamed: Unnamed) -> Result<Fo
 }
 
 /// The header of an image, if its format has one.
-pub(super) async fn read_header(storage: &FileStorage, format: Format) -> Result<Option<Header>> {
+///
+/// # Errors
+/// As [`Header::read`].
+pub async fn read_header(storage: &FileStorage, format: Format) -> Result<Option<Header>> {
     match format {
         Format::Raw => Ok(None),
         Format::Qcow2 => Header::read(storage)

@@ -53,6 +53,10 @@ verbs! {
     Info in info;
     /// Serve disks to VMs over vhost-user
     Serve in serve;
+    /// Reserve parts of a base for its children
+    Prepare in prepare;
+    /// Make a standalone image of a child
+    Flatten in flatten;
 }
 
 /// Disks for VMs that see through their copy-on-write overlays to a base image that stays writable.

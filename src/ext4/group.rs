@@ -114,13 +114,37 @@ impl<'a> Group<'a> {
     /// The first thing in use besides the structures of the filesystem; `None` if the group holds nothing of anyone.
     #[must_use]
     pub fn first_in_use(&self) -> Option<InUse> {
-        let inodes = self.superblock.inodes_per_group;
-        let none = vec![0; self.bytes.inode_bitmap.len()];
-        let block =
-            bitmap::first_set_beyond(&self.bytes.block_bitmap, &self.structures, self.blocks)
-                .map(|index| InUse::Block(FsBlock(self.start + u64::from(index))));
+        self.first_in_use_besides(&[])
+    }
+
+    /// As [`Group::first_in_use`], but what is `expected` does not count.
+    #[must_use]
+    pub fn first_in_use_besides(&self, expected: &[InUse]) -> Option<InUse> {
+        let mut blocks = self.structures.clone();
+        let mut inodes = vec![0; self.bytes.inode_bitmap.len()];
+        for thing in expected {
+            match *thing {
+                InUse::Block(block) => {
+                    if let Some(index) = block.0.checked_sub(self.start)
+                        && let Ok(index) = u32::try_from(index)
+                    {
+                        bitmap::set(&mut blocks, index);
+                    }
+                }
+                InUse::Inode(inode) => {
+                    if let Some((group, index)) = self.superblock.locate_inode(inode)
+                        && group == self.group
+                    {
+                        bitmap::set(&mut inodes, index);
+                    }
+                }
+            }
+        }
+        let inodes_per_group = self.superblock.inodes_per_group;
+        let block = bitmap::first_set_beyond(&self.bytes.block_bitmap, &blocks, self.blocks)
+            .map(|index| InUse::Block(FsBlock(self.start + u64::from(index))));
         block.or_else(|| {
-            bitmap::first_set_beyond(&self.bytes.inode_bitmap, &none, inodes)
+            bitmap::first_set_beyond(&self.bytes.inode_bitmap, &inodes, inodes_per_group)
                 .map(|index| InUse::Inode(self.superblock.inode_number(self.group, index)))
         })
     }

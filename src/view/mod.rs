@@ -1,1 +1,49 @@
 //! What one VM sees of a shared disk, and what it may write.
+//!
+//! A base VM and its children hold one ext4 filesystem, and all of them write. Every block group has one
+//! owner; whatever lies in a group, or serves it, is written by its owner alone. A VM's [`View`] stands
+//! between its device and its images and shows it a filesystem in which only its own groups can be
+//! written: the others look full, and their inodes immutable, so that an unmodified kernel leaves them alone.
+//! Behind that, whatever a VM writes to what is not its own is refused.
+//!
+//! ```text
+//!   request ─ route ─┬─ through ──────────────── the VM's own store (its unwritten ranges fall to the base)
+//!                    ├─ composed ─ compose ───── own records from the own store, foreign ones from the base
+//!                    │             scatter ───── own records to the own store, foreign ones dropped
+//!                    └─ foreign ── refusals
+//! ```
+//!
+//! # Invariants
+//!
+//! 1. What is where comes from the base alone, read once when the view is opened; nothing that a child
+//!    wrote is ever trusted to say it.
+//! 2. Nothing foreign is ever written, whatever the request: a request that touches foreign data is refused
+//!    before any of it is applied; foreign records in shared blocks never leave the scatterer.
+//! 3. Foreign records are read from the base, never from what the VM's own store holds in their place.
+//! 4. What the base stores is true: its own e2fsck finds nothing amiss. Only its view shows groups as full.
+//! 5. A block that serves several owners is classified by the group that it *serves*, not by the group it lies in.
+//!
+//! Lock order: a task holds at most one lock of [`block_locks`], across the I/O of one block; nothing else is
+//! locked under it but the lists of the layers below.
+
+mod block_locks;
+mod changes;
+mod compose;
+pub mod declaration;
+pub mod declared;
+mod disk;
+mod groups;
+pub mod merged;
+pub mod new_child;
+mod new_directory;
+pub mod open;
+pub mod ownership;
+pub mod prepare;
+pub mod probe;
+pub mod refusal;
+mod route;
+mod scatter;
+mod session;
+pub mod territory;
+
+pub use disk::View;

@@ -1,0 +1,191 @@
+//! The declarations that images carry, and the views that follow from them.
+//!
+//! A qcow2 image carries its declaration in a header extension, so that it describes itself wherever it is copied.
+//! A raw base has no room for one: it lies beside it, in a file with its name and `.seethrough` behind it.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::declaration::{BaseDeclaration, ChildDeclaration, Declaration, MAX_DECLARATION_BYTES};
+use super::merged::Merged;
+use super::open::{child_territory, open_base, open_child};
+use crate::chain::format::Format;
+use crate::chain::registry::{OpenImage, Source};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::image::Image;
+use crate::qcow2::header::Header;
+use crate::qcow2::header_extension::SEETHROUGH_EXTENSION;
+use crate::qcow2::header_update::set_extension;
+use crate::storage::Storage;
+
+/// What a VM is served: its view of a shared disk, or the image as it is if it shares nothing.
+///
+/// # Errors
+/// If a declaration cannot be read, or does not fit the disk: nothing is served then.
+pub async fn view_of(vm: &str, disk: &OpenImage) -> Result<Arc<dyn Image>> {
+    match declaration_of(&disk.source)? {
+        None => Ok(Arc::clone(&disk.image)),
+        Some(Declaration::Base(declaration)) => {
+            let view = open_base(vm, Arc::clone(&disk.image), &declaration).await?;
+            Ok(Arc::new(view))
+        }
+        Some(Declaration::Child(child)) => {
+            let (base, declaration) = base_of(disk)?;
+            let overlay = Arc::clone(&disk.image);
+            let view = open_child(vm, overlay, &child, base, &declaration).await?;
+            Ok(Arc::new(view))
+        }
+    }
+}
+
+/// The disk that a child and its base make together.
+///
+/// # Errors
+/// [`ErrorKind::InvalidConfig`] if the image is no child; and as [`Merged::open`].
+pub async fn merged_of(disk: &OpenImage) -> Result<Merged> {
+    let child = child_declaration(disk)?;
+    let (base, declaration) = base_of(disk)?;
+    let territory = child_territory(&*base, &declaration, &child).await?;
+    Merged::open(Arc::clone(&disk.image), base, territory).await
+}
+
+fn child_declaration(disk: &OpenImage) -> Result<ChildDeclaration> {
+    match declaration_of(&disk.source)? {
+        Some(Declaration::Child(child)) => Ok(child),
+        _ => Err(Error::new(
+            ErrorKind::InvalidConfig,
+            format!(
+                "{} is no child of a base with regions; use `qemu-img convert` for other images",
+                disk.source.path.display()
+            ),
+        )),
+    }
+}
+
+/// A child's base, as it is stored, and what it declares.
+fn base_of(disk: &OpenImage) -> Result<(Arc<dyn Image>, BaseDeclaration)> {
+    let path = disk.source.path.display();
+    let (Some(image), Some(source)) = (disk.image.backing(), &disk.source.backing) else {
+        return Err(Error::new(
+            ErrorKind::InvalidConfig,
+            format!(
+                "{path} is a child, but has no backing image; give it its base again with `qemu-img rebase -u`"
+            ),
+        ));
+    };
+    match declaration_of(source)? {
+        Some(Declaration::Base(declaration)) => Ok((Arc::clone(image), declaration)),
+        _ => Err(Error::new(
+            ErrorKind::InvalidConfig,
+            format!(
+                "{path} is a child, but its backing image {} declares no regions; give it its base again with \
+                 `qemu-img rebase -u`",
+                source.path.display()
+            ),
+        )),
+    }
+}
+
+/// What an open image declares.
+///
+/// # Errors
+/// As [`Declaration::parse`], naming the image.
+pub fn declaration_of(source: &Source) -> Result<Option<Declaration>> {
+    read_declaration(&source.path, source.header.as_ref())
+}
+
+/// What the image at `path` declares, whose header is `header` if it is qcow2.
+///
+/// # Errors
+/// As [`Declaration::parse`], naming the image.
+pub fn read_declaration(path: &Path, header: Option<&Header>) -> Result<Option<Declaration>> {
+    let bytes = match header {
+        Some(header) => header.extension(SEETHROUGH_EXTENSION).map(<[u8]>::to_vec),
+        None => read_sidecar(path)?,
+    };
+    bytes
+        .map(|bytes| Declaration::parse(&bytes).context(|| path.display().to_string()))
+        .transpose()
+}
+
+/// What the base at `path` declares.
+///
+/// # Errors
+/// [`ErrorKind::InvalidConfig`] if it declares nothing, or is a child itself.
+pub fn read_base_declaration(path: &Path, header: Option<&Header>) -> Result<BaseDeclaration> {
+    match read_declaration(path, header)? {
+        Some(Declaration::Base(declaration)) => Ok(declaration),
+        Some(Declaration::Child(_)) => Err(Error::new(
+            ErrorKind::InvalidConfig,
+            format!("{} is itself a child; name its base", path.display()),
+        )),
+        None => Err(Error::new(
+            ErrorKind::InvalidConfig,
+            format!(
+                "{} declares no region; reserve one with `seethrough prepare`",
+                path.display()
+            ),
+        )),
+    }
+}
+
+/// Stores what the image at `path`, of the given format and in `storage`, declares from now on; durably. Nobody may
+/// have the image open.
+///
+/// # Errors
+/// What writing the header or the sidecar file returns.
+pub async fn store_declaration(
+    path: &Path,
+    format: Format,
+    storage: &dyn Storage,
+    declaration: &Declaration,
+) -> Result<()> {
+    let bytes = declaration.to_bytes()?;
+    match format {
+        Format::Qcow2 => set_extension(storage, SEETHROUGH_EXTENSION, &bytes).await,
+        Format::Raw => {
+            let sidecar = sidecar_of(path)?;
+            replace_file(&sidecar, &bytes).context(|| sidecar.display().to_string())
+        }
+    }
+}
+
+/// The file beside a raw image, whatever name the image is called by.
+fn sidecar_of(path: &Path) -> Result<PathBuf> {
+    let real = fs::canonicalize(path).context(|| path.display().to_string())?;
+    let mut name: OsString = real.into_os_string();
+    name.push(".seethrough");
+    Ok(name.into())
+}
+
+fn read_sidecar(path: &Path) -> Result<Option<Vec<u8>>> {
+    let sidecar = sidecar_of(path)?;
+    let file = match File::open(&sidecar) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io(sidecar.display().to_string(), error)),
+    };
+    let mut bytes = Vec::new();
+    let limit = MAX_DECLARATION_BYTES as u64 + 1;
+    file.take(limit)
+        .read_to_end(&mut bytes)
+        .context(|| sidecar.display().to_string())?;
+    Ok(Some(bytes))
+}
+
+/// Replaces a file as a whole: a power cut leaves the old one or the new one.
+fn replace_file(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    let mut file = File::create(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)?;
+    match path.parent() {
+        Some(directory) => File::open(directory)?.sync_all(),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,287 @@
+//! A VM's disk: the stored images, seen and written as one VM may.
+//!
+//! Reads and writes of what is plainly the VM's own, and reads of plain foreign blocks, go straight through
+//! to the VM's own store, whose unwritten ranges fall through to the base. Everything else is composed on
+//! the way out and scattered on the way in.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::block_locks::BlockLocks;
+use super::refusal::{Answer, Operation, Refusal, Refusals};
+use super::route::{Pieces, Route, Treatment};
+use super::territory::{Filesystem, Territory};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::{Allocation, Image, ImageFuture, Limits, Mapped};
+use crate::storage::ZeroMode;
+use crate::sys::IoBuf;
+use crate::units::GuestOffset;
+
+/// One VM's view of a disk that several VMs write.
+pub struct View {
+    /// What the VM's own writes go to: a child's overlay, or the base's image.
+    pub(super) own: Arc<dyn Image>,
+    /// Where foreign records are read from: the stored base, never what an overlay has captured of it.
+    pub(super) truth: Arc<dyn Image>,
+    pub(super) territory: Territory,
+    pub(super) refusals: Arc<Refusals>,
+    pub(super) locks: BlockLocks,
+    /// Whether the guest still has to replay its journal: see [`super::session`].
+    pub(super) recovering: AtomicBool,
+}
+
+/// What a request brings.
+#[derive(Clone)]
+pub(super) enum Payload {
+    Bytes(IoBuf),
+    Zeroes(ZeroMode),
+    Nothing,
+}
+
+impl Payload {
+    pub(super) fn operation(&self) -> Operation {
+        match self {
+            Self::Bytes(_) => Operation::Write,
+            Self::Zeroes(_) => Operation::WriteZeroes,
+            Self::Nothing => Operation::Discard,
+        }
+    }
+
+    /// A copy of `len` bytes, `skip` bytes on.
+    pub(super) fn bytes(&self, skip: u64, len: u64) -> Vec<u8> {
+        let index = |n: u64| usize::try_from(n).expect("a piece's bytes fit in memory");
+        let mut bytes = vec![0; index(len)];
+        if let Self::Bytes(buf) = self {
+            buf.copy_to(index(skip), &mut bytes);
+        }
+        bytes
+    }
+}
+
+impl View {
+    /// The view of the VM that owns `territory`.
+    ///
+    /// `own` takes its writes; `truth` is the stored base image, which for the base VM is `own` itself.
+    ///
+    /// # Errors
+    /// Those of reading the journal's superblock.
+    pub async fn open(
+        own: Arc<dyn Image>,
+        truth: Arc<dyn Image>,
+        territory: Territory,
+        refusals: Arc<Refusals>,
+    ) -> Result<Self> {
+        let view = Self {
+            own,
+            truth,
+            territory,
+            refusals,
+            locks: BlockLocks::new(),
+            recovering: AtomicBool::new(false),
+        };
+        view.start_session().await?;
+        Ok(view)
+    }
+
+    /// The refusals so far.
+    #[must_use]
+    pub fn refusals(&self) -> &Arc<Refusals> {
+        &self.refusals
+    }
+
+    /// The filesystem, which is there wherever a piece of it is composed.
+    fn shared_filesystem(&self) -> Result<&Filesystem> {
+        self.territory.filesystem().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Corrupt,
+                "a disk without a filesystem holds no records",
+            )
+        })
+    }
+
+    fn check_bounds(&self, at: GuestOffset, len: u64) -> Result<()> {
+        let size = self.own.virtual_size();
+        match at.checked_add(len) {
+            Some(end) if end.0 <= size => Ok(()),
+            _ => Err(Error::new(
+                ErrorKind::OutOfBounds,
+                format!("{len} bytes at {at} leave the disk of {size} bytes"),
+            )),
+        }
+    }
+
+    /// Whether a range leads straight through to the VM's own store.
+    fn leads_through(&self, at: GuestOffset, len: u64, route: Route) -> bool {
+        let mut pieces = Pieces::new(&self.territory, at, len, route);
+        match (pieces.next(), pieces.next()) {
+            (None, _) => true,
+            (Some(only), None) => only.treatment == Treatment::Through,
+            _ => false,
+        }
+    }
+
+    async fn read_pieces(&self, at: GuestOffset, buf: IoBuf) -> Result<()> {
+        let len = buf.len() as u64;
+        self.check_bounds(at, len)?;
+        if self.leads_through(at, len, Route::Read) {
+            return self.own.read(at, buf).await;
+        }
+        for piece in Pieces::new(&self.territory, at, len, Route::Read) {
+            let part = buf.slice(piece.within(at));
+            match piece.treatment {
+                Treatment::Through => self.own.read(piece.at, part).await?,
+                Treatment::Composed(what) => {
+                    self.compose(self.shared_filesystem()?, what, &piece, &part)
+                        .await?;
+                }
+                // Whatever is foreign may be read.
+                Treatment::Foreign(_) => self.own.read(piece.at, part).await?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn write_pieces(&self, at: GuestOffset, len: u64, payload: Payload) -> Result<()> {
+        self.check_bounds(at, len)?;
+        if self.is_read_only() {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("{} is read-only", self.name()),
+            ));
+        }
+        let recovering = self.recovering.load(Ordering::Acquire);
+        if !recovering {
+            self.refuse_whole(at, len, &payload)?;
+        }
+        for piece in Pieces::new(&self.territory, at, len, Route::Write) {
+            let part = match &payload {
+                Payload::Bytes(buf) => Payload::Bytes(buf.slice(piece.within(at))),
+                other => other.clone(),
+            };
+            match piece.treatment {
+                Treatment::Through => self.write_through(piece.at, piece.len, part).await?,
+                Treatment::Composed(what) => {
+                    self.scatter(self.shared_filesystem()?, what, &piece, part)
+                        .await?;
+                }
+                Treatment::Foreign(foreign) => self.refusals.record(&Refusal {
+                    operation: payload.operation(),
+                    range: (piece.at, piece.len),
+                    structure: foreign.structure,
+                    group: foreign.group,
+                    inode: None,
+                    answer: Answer::Dropped,
+                }),
+            }
+        }
+        if recovering {
+            self.note_recovery_progress(at, len);
+        }
+        Ok(())
+    }
+
+    /// Refuses the whole request, before anything of it is applied, if any of it is foreign data.
+    fn refuse_whole(&self, at: GuestOffset, len: u64, payload: &Payload) -> Result<()> {
+        let mut refused = Pieces::new(&self.territory, at, len, Route::Write).filter_map(|piece| {
+            match piece.treatment {
+                Treatment::Foreign(foreign) => Some((piece, foreign)),
+                _ => None,
+            }
+        });
+        let Some((piece, foreign)) = refused.next() else {
+            return Ok(());
+        };
+        let refusal = Refusal {
+            operation: payload.operation(),
+            range: (piece.at, piece.len),
+            structure: foreign.structure,
+            group: foreign.group,
+            inode: None,
+            answer: Answer::Failed,
+        };
+        self.refusals.record(&refusal);
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!("vm {}: {refusal}", self.refusals.vm()),
+        ))
+    }
+
+    async fn write_through(&self, at: GuestOffset, len: u64, payload: Payload) -> Result<()> {
+        match payload {
+            Payload::Bytes(buf) => self.own.write(at, buf).await,
+            Payload::Zeroes(mode) => self.own.write_zeroes(at, len, mode).await,
+            Payload::Nothing => self.own.discard(at, len).await,
+        }
+    }
+}
+
+impl Image for View {
+    fn virtual_size(&self) -> u64 {
+        self.own.virtual_size()
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.own.is_read_only()
+    }
+
+    fn limits(&self) -> Limits {
+        self.own.limits()
+    }
+
+    fn map_read(&self, at: GuestOffset, len: u64) -> Mapped {
+        if self.leads_through(at, len, Route::Read) {
+            self.own.map_read(at, len)
+        } else {
+            Mapped::Slow
+        }
+    }
+
+    fn map_write(&self, at: GuestOffset, len: u64) -> Mapped {
+        if !self.recovering.load(Ordering::Acquire) && self.leads_through(at, len, Route::Write) {
+            self.own.map_write(at, len)
+        } else {
+            Mapped::Slow
+        }
+    }
+
+    fn read(&self, at: GuestOffset, buf: IoBuf) -> ImageFuture<'_> {
+        Box::pin(self.read_pieces(at, buf))
+    }
+
+    fn write(&self, at: GuestOffset, buf: IoBuf) -> ImageFuture<'_> {
+        let len = buf.len() as u64;
+        Box::pin(self.write_pieces(at, len, Payload::Bytes(buf)))
+    }
+
+    fn write_zeroes(&self, at: GuestOffset, len: u64, mode: ZeroMode) -> ImageFuture<'_> {
+        Box::pin(self.write_pieces(at, len, Payload::Zeroes(mode)))
+    }
+
+    fn discard(&self, at: GuestOffset, len: u64) -> ImageFuture<'_> {
+        Box::pin(self.write_pieces(at, len, Payload::Nothing))
+    }
+
+    fn flush(&self) -> ImageFuture<'_> {
+        self.own.flush()
+    }
+
+    /// A view is a whole: it says nothing about the layers below.
+    fn allocation(&self, at: GuestOffset, len: u64) -> ImageFuture<'_, (Allocation, u64)> {
+        Box::pin(async move {
+            self.check_bounds(at, len)?;
+            Ok((Allocation::Data, len))
+        })
+    }
+
+    fn begin_session(&self) -> ImageFuture<'_> {
+        Box::pin(self.start_session())
+    }
+
+    fn backing(&self) -> Option<&Arc<dyn Image>> {
+        None
+    }
+
+    fn name(&self) -> &str {
+        self.own.name()
+    }
+}

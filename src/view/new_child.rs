@@ -1,0 +1,247 @@
+//! What a new child begins with.
+//!
+//! A child needs of its own, before its VM first looks: a superblock that says "clean, and so much is free", an
+//! empty journal in place of whatever the base's journal holds, and an empty orphan file. Everything else it
+//! shares with the base until it writes. That is little, and does not grow with the base: a child is made in
+//! milliseconds, while the base's VM runs.
+
+use super::compose::{put_superblock, superblock_in};
+use super::declaration::{BaseDeclaration, ChildDeclaration, Extent as Part, Region};
+use super::probe::{Place, map_file, read_block, read_descriptor, read_inode, read_superblock};
+use crate::error::{Error, ErrorKind, Result};
+use crate::ext4::extent::Extent;
+use crate::ext4::group_descriptor::GroupDescriptor;
+use crate::ext4::inode::Inode;
+use crate::ext4::jbd2::{self, JOURNAL_SUPERBLOCK_SIZE};
+use crate::ext4::orphan_file;
+use crate::ext4::superblock::Superblock;
+use crate::ext4::volatile::{self, FreeCounts};
+use crate::image::Image;
+use crate::storage::ZeroMode;
+use crate::sys::IoBuf;
+use crate::units::{FsBlock, GuestOffset};
+
+/// Subclusters in a cluster with extended L2 entries.
+const SUBCLUSTERS: u64 = 32;
+/// The unit of copy-on-write where no filesystem says otherwise.
+const DEFAULT_SUBCLUSTER: u64 = 4096;
+
+/// The longest orphan file that kernels take, in bytes.
+const MAX_ORPHAN_FILE: u64 = 8 << 20;
+
+/// What a child's overlay is to be and to hold.
+#[derive(Debug)]
+pub struct NewChild {
+    /// What the overlay declares.
+    pub declaration: ChildDeclaration,
+    /// The overlay's length in bytes: the base's.
+    pub virtual_size: u64,
+    /// The largest unit of copy-on-write that never holds blocks of two owners, in bytes.
+    pub subcluster_size: u64,
+    /// Ranges that are the child's own and empty.
+    zeroes: Vec<(GuestOffset, u64)>,
+    /// Blocks that are the child's own.
+    blocks: Vec<(GuestOffset, Vec<u8>)>,
+}
+
+impl NewChild {
+    /// Plans a child of `base` that owns the regions called `names`. The base may be in use.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfig`] for a region that the base does not declare; what reading the base returns.
+    pub async fn plan(
+        base: &dyn Image,
+        declaration: &BaseDeclaration,
+        names: &[String],
+    ) -> Result<Self> {
+        let mut regions: Vec<Region> = Vec::new();
+        for name in names {
+            let region = declaration.region(name)?;
+            if !regions.contains(region) {
+                regions.push(region.clone());
+            }
+        }
+        if regions.is_empty() {
+            return Err(Error::new(
+                ErrorKind::InvalidConfig,
+                "a child needs a region to own",
+            ));
+        }
+        let mut child = Self {
+            declaration: ChildDeclaration {
+                base: declaration.id.clone(),
+                regions,
+            },
+            virtual_size: base.virtual_size(),
+            subcluster_size: DEFAULT_SUBCLUSTER,
+            zeroes: Vec::new(),
+            blocks: Vec::new(),
+        };
+        if let Some(declared) = &declaration.filesystem {
+            let place = Place {
+                start: GuestOffset(declared.start),
+                length: declared.length,
+            };
+            child.plan_filesystem(base, place).await?;
+        }
+        for region in &declaration.regions {
+            if let Part::Partition { start, length, .. } = region.extent {
+                child.align_to(start);
+                child.align_to(start.saturating_add(length));
+            }
+        }
+        Ok(child)
+    }
+
+    /// The cluster size that makes subclusters of [`Self::subcluster_size`], in bytes.
+    #[must_use]
+    pub fn cluster_size(&self) -> u64 {
+        self.subcluster_size * SUBCLUSTERS
+    }
+
+    /// Makes subclusters small enough that one begins at `offset`.
+    fn align_to(&mut self, offset: u64) {
+        if offset != 0 {
+            self.subcluster_size = self.subcluster_size.min(1 << offset.trailing_zeros());
+        }
+    }
+
+    async fn plan_filesystem(&mut self, base: &dyn Image, place: Place) -> Result<()> {
+        let (superblock, _) = read_superblock(base, place).await?;
+        self.subcluster_size = u64::from(superblock.block_size).min(DEFAULT_SUBCLUSTER * 16);
+        self.align_to(place.start.0);
+        let free = self.count_free(base, place, &superblock).await?;
+        self.plan_superblock(base, place, &superblock, free).await?;
+        self.plan_journal(base, place, &superblock).await?;
+        self.plan_orphan_file(base, place, &superblock).await
+    }
+
+    /// What is free in the child's groups, reading each block of the descriptor table once.
+    async fn count_free(
+        &self,
+        base: &dyn Image,
+        place: Place,
+        superblock: &Superblock,
+    ) -> Result<FreeCounts> {
+        let mut free = FreeCounts::default();
+        for region in &self.declaration.regions {
+            let Part::Groups { list, .. } = &region.extent else {
+                continue;
+            };
+            super::open::check_range(list, superblock.group_count)?;
+            for group in list.iter() {
+                let bytes = read_descriptor(base, place, superblock, group).await?;
+                let descriptor = GroupDescriptor::parse(&bytes);
+                free.blocks += u64::from(descriptor.free_blocks_count);
+                free.inodes = free.inodes.saturating_add(descriptor.free_inodes_count);
+            }
+        }
+        Ok(free)
+    }
+
+    async fn plan_superblock(
+        &mut self,
+        base: &dyn Image,
+        place: Place,
+        superblock: &Superblock,
+        free: FreeCounts,
+    ) -> Result<()> {
+        let number = FsBlock(u64::from(superblock.first_data_block));
+        let mut block = read_block(base, place, superblock, number).await?;
+        let mut own = superblock_in(&block)?;
+        volatile::put_clean(&mut own);
+        volatile::put_free(&mut own, free);
+        put_superblock(&mut block, &own);
+        self.put_block(place, superblock, number, block);
+        Ok(())
+    }
+
+    async fn plan_journal(
+        &mut self,
+        base: &dyn Image,
+        place: Place,
+        superblock: &Superblock,
+    ) -> Result<()> {
+        let journal = map_file(base, place, superblock, superblock.journal_inode).await?;
+        let Some(first) = journal.first() else {
+            return Ok(());
+        };
+        let number = first.start;
+        for extent in &journal {
+            self.zero_extent(place, superblock, extent);
+        }
+        let mut block = read_block(base, place, superblock, number).await?;
+        let Some(own) = block.first_chunk_mut::<JOURNAL_SUPERBLOCK_SIZE>() else {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                "the journal's blocks are too short",
+            ));
+        };
+        *own = jbd2::clean(own);
+        self.put_block(place, superblock, number, block);
+        Ok(())
+    }
+
+    async fn plan_orphan_file(
+        &mut self,
+        base: &dyn Image,
+        place: Place,
+        superblock: &Superblock,
+    ) -> Result<()> {
+        let Some(number) = superblock.orphan_file_inode else {
+            return Ok(());
+        };
+        let inode = Inode::parse(&read_inode(base, place, superblock, number).await?);
+        if inode.size > MAX_ORPHAN_FILE {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "the orphan file has {} bytes, at most {MAX_ORPHAN_FILE} are allowed",
+                    inode.size
+                ),
+            ));
+        }
+        let block_size = usize::try_from(superblock.block_size).unwrap_or(usize::MAX);
+        for extent in map_file(base, place, superblock, Some(number)).await? {
+            for index in 0..u64::from(extent.len) {
+                let block = FsBlock(extent.start.0 + index);
+                let mut bytes = vec![0; block_size];
+                orphan_file::put_empty(
+                    &superblock.checksums,
+                    number,
+                    inode.generation,
+                    block,
+                    &mut bytes,
+                );
+                self.put_block(place, superblock, block, bytes);
+            }
+        }
+        Ok(())
+    }
+
+    fn put_block(&mut self, place: Place, superblock: &Superblock, block: FsBlock, bytes: Vec<u8>) {
+        let at = place.start.0 + block.0 * u64::from(superblock.block_size);
+        self.blocks.push((GuestOffset(at), bytes));
+    }
+
+    fn zero_extent(&mut self, place: Place, superblock: &Superblock, extent: &Extent) {
+        let block_size = u64::from(superblock.block_size);
+        let at = place.start.0 + extent.start.0 * block_size;
+        self.zeroes
+            .push((GuestOffset(at), u64::from(extent.len) * block_size));
+    }
+
+    /// Writes what the child begins with into its fresh overlay, and makes it durable.
+    ///
+    /// # Errors
+    /// What writing the overlay returns.
+    pub async fn write_to(&self, overlay: &dyn Image) -> Result<()> {
+        for &(at, len) in &self.zeroes {
+            overlay.write_zeroes(at, len, ZeroMode::MayUnmap).await?;
+        }
+        for (at, bytes) in &self.blocks {
+            overlay.write(*at, IoBuf::from_bytes(bytes)).await?;
+        }
+        overlay.flush().await
+    }
+}

@@ -1,0 +1,149 @@
+//! Cutting a request into pieces that are each treated in one way.
+//!
+//! # Invariants
+//!
+//! 1. The pieces of a request are its bytes, in order, each once.
+//! 2. Two pieces side by side that both lead through are one piece: what needs no treatment is not cut up.
+//! 3. The work is bounded by the number of stretches of the layout that the request covers, and nothing is
+//!    allocated: the fast path asks here.
+
+use std::ops::Range;
+
+use super::refusal::Structure;
+use super::territory::Territory;
+use crate::units::{BlockGroup, GuestOffset};
+
+/// Which way a request goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Route {
+    /// Anything plain may be read, whoever owns it.
+    Read,
+    /// Only one's own may be written.
+    Write,
+}
+
+/// How a piece is treated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Treatment {
+    /// Straight through to the VM's own store.
+    Through,
+    /// Composed when read, scattered when written.
+    Composed(Composed),
+    /// Readable, and not this VM's to write.
+    Foreign(Foreign),
+}
+
+/// A structure of which a VM does not see, or does not write, the stored bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Composed {
+    /// The block of the superblock.
+    Superblock,
+    /// One block of the descriptor table: the one with this index.
+    Descriptors(u32),
+    /// A foreign group's block bitmap.
+    BlockBitmap(BlockGroup),
+    /// A foreign group's inode bitmap.
+    InodeBitmap(BlockGroup),
+    /// Blocks of a foreign group's inode table.
+    Inodes(BlockGroup),
+}
+
+/// What kind of foreign data a piece is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Foreign {
+    pub(super) structure: Structure,
+    pub(super) group: Option<BlockGroup>,
+}
+
+/// A stretch of the disk, up to `end`, that is treated in one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stretch {
+    pub(super) treatment: Treatment,
+    pub(super) end: GuestOffset,
+}
+
+/// A part of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Piece {
+    pub(super) at: GuestOffset,
+    pub(super) len: u64,
+    pub(super) treatment: Treatment,
+}
+
+impl Piece {
+    /// Where the piece lies in the buffer of a request that starts at `request`.
+    pub(super) fn within(&self, request: GuestOffset) -> Range<usize> {
+        let index = |offset: u64| usize::try_from(offset).unwrap_or(usize::MAX);
+        let start = self.at.0.saturating_sub(request.0);
+        index(start)..index(start.saturating_add(self.len))
+    }
+
+    /// The offset behind the piece's last byte.
+    pub(super) fn end(&self) -> GuestOffset {
+        GuestOffset(self.at.0.saturating_add(self.len))
+    }
+}
+
+/// The pieces of a request, in order.
+pub(super) struct Pieces<'a> {
+    territory: &'a Territory,
+    route: Route,
+    at: GuestOffset,
+    end: GuestOffset,
+    /// The stretch at `at`, if it is known already.
+    ahead: Option<Stretch>,
+}
+
+impl<'a> Pieces<'a> {
+    /// The pieces of `len` bytes at `at`.
+    pub(super) fn new(territory: &'a Territory, at: GuestOffset, len: u64, route: Route) -> Self {
+        Self {
+            territory,
+            route,
+            at,
+            end: GuestOffset(at.0.saturating_add(len)),
+            ahead: None,
+        }
+    }
+
+    /// How the bytes from `at` on are treated.
+    fn stretch_at(&self, at: GuestOffset) -> Stretch {
+        let mut stretch = self.territory.stretch_at(at, self.end);
+        if self.route == Route::Read && matches!(stretch.treatment, Treatment::Foreign(_)) {
+            stretch.treatment = Treatment::Through;
+        }
+        // Every stretch moves on, whatever the layout says.
+        stretch.end = stretch
+            .end
+            .max(GuestOffset(at.0.saturating_add(1)))
+            .min(self.end);
+        stretch
+    }
+}
+
+impl Iterator for Pieces<'_> {
+    type Item = Piece;
+
+    fn next(&mut self) -> Option<Piece> {
+        let at = self.at;
+        if at >= self.end {
+            return None;
+        }
+        let Stretch { treatment, mut end } =
+            self.ahead.take().unwrap_or_else(|| self.stretch_at(at));
+        while treatment == Treatment::Through && end < self.end {
+            let next = self.stretch_at(end);
+            if next.treatment != Treatment::Through {
+                self.ahead = Some(next);
+                break;
+            }
+            end = next.end;
+        }
+        self.at = end;
+        Some(Piece {
+            at,
+            len: end.0 - at.0,
+            treatment,
+        })
+    }
+}

@@ -1,0 +1,223 @@
+//! What becomes of a VM's writes to shared structures: its own records are stored, foreign ones dropped.
+//!
+//! A foreign record that equals what the VM reads was written by an honest kernel, which writes whole
+//! blocks: nothing to tell. One that differs is a refusal. It is answered like a success all the same:
+//! such writes come from write-back or a journal checkpoint, where an error would stop the guest's whole
+//! filesystem.
+
+use super::compose::{SharedBlock, put_superblock, superblock_in};
+use super::disk::{Payload, View};
+use super::refusal::{Answer, Operation, Refusal, Structure};
+use super::route::{Composed, Piece};
+use super::territory::{Filesystem, Side};
+use crate::error::Result;
+use crate::ext4::{bitmap, volatile};
+use crate::sys::IoBuf;
+use crate::units::{BlockGroup, GuestOffset, InodeNumber};
+
+/// The most bytes of a piece that are held in memory at once.
+const CHUNK: u64 = 64 << 10;
+
+impl View {
+    /// Takes what a request brings for `piece`.
+    pub(super) async fn scatter(
+        &self,
+        filesystem: &Filesystem,
+        what: Composed,
+        piece: &Piece,
+        payload: Payload,
+    ) -> Result<()> {
+        let bytes_of = |at: GuestOffset, len: u64| payload.bytes(at.0 - piece.at.0, len);
+        let operation = payload.operation();
+        match what {
+            // What is not needed reads as before.
+            Composed::Superblock | Composed::Descriptors(_) if operation == Operation::Discard => {
+                Ok(())
+            }
+            Composed::Superblock | Composed::Descriptors(_) => {
+                let bytes = bytes_of(piece.at, piece.len);
+                self.scatter_shared(filesystem, what, piece, &bytes, operation)
+                    .await
+            }
+            _ if operation == Operation::Discard => {
+                let (structure, group) = foreign_metadata(what);
+                self.drop_record(operation, (piece.at, piece.len), structure, group, None);
+                Ok(())
+            }
+            Composed::Inodes(group) => {
+                let mut at = piece.at;
+                while at < piece.end() {
+                    let chunk = filesystem.inode_chunk(at, piece.end(), CHUNK);
+                    let len = chunk.wanted.len() as u64;
+                    let served = self.foreign_inodes(filesystem, group, &chunk).await?;
+                    let written = bytes_of(at, len);
+                    let changed = changed_records(
+                        &served,
+                        &written,
+                        chunk.wanted.start,
+                        usize::from(filesystem.superblock().inode_size),
+                    );
+                    for record in changed {
+                        let index = chunk.first_index.saturating_add(record);
+                        let inode = filesystem.superblock().inode_number(group, index);
+                        self.drop_record(
+                            operation,
+                            (at, len),
+                            Structure::Inode,
+                            group,
+                            Some(inode),
+                        );
+                    }
+                    at = GuestOffset(at.0 + len);
+                }
+                Ok(())
+            }
+            Composed::BlockBitmap(_) | Composed::InodeBitmap(_) => {
+                let bytes = bytes_of(piece.at, piece.len);
+                if bytes.iter().any(|&byte| byte != bitmap::FULL) {
+                    let (structure, group) = foreign_metadata(what);
+                    self.drop_record(operation, (piece.at, piece.len), structure, group, None);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Stores the own records of a block that holds records of several owners.
+    async fn scatter_shared(
+        &self,
+        filesystem: &Filesystem,
+        what: Composed,
+        piece: &Piece,
+        bytes: &[u8],
+        operation: Operation,
+    ) -> Result<()> {
+        let block = filesystem.block_at(piece.at);
+        let _writer = self.locks.lock(block).await;
+        let shared = self.shared_block(filesystem, what, block).await?;
+        let mut written = shared.served.clone();
+        written[filesystem.within_block(piece)].copy_from_slice(bytes);
+        let range = (piece.at, piece.len);
+        let store = match what {
+            Composed::Descriptors(index) => {
+                let (store, refused) = scatter_descriptors(filesystem, index, &shared, &written);
+                for group in refused {
+                    self.drop_record(operation, range, Structure::GroupDescriptor, group, None);
+                }
+                store
+            }
+            _ => {
+                let (store, honest) = scatter_superblock(filesystem, &shared, &written)?;
+                if !honest {
+                    self.drop_record(operation, range, Structure::Superblock, BlockGroup(0), None);
+                }
+                store
+            }
+        };
+        if store == shared.stored {
+            return Ok(());
+        }
+        self.own
+            .write(filesystem.offset_of(block), IoBuf::from_bytes(&store))
+            .await
+    }
+
+    fn drop_record(
+        &self,
+        operation: Operation,
+        range: (GuestOffset, u64),
+        structure: Structure,
+        group: BlockGroup,
+        inode: Option<InodeNumber>,
+    ) {
+        self.refusals.record(&Refusal {
+            operation,
+            range,
+            structure,
+            group: Some(group),
+            inode,
+            answer: Answer::Dropped,
+        });
+    }
+}
+
+/// What a wholly foreign metadata block is, and whose.
+fn foreign_metadata(what: Composed) -> (Structure, BlockGroup) {
+    match what {
+        Composed::BlockBitmap(group) => (Structure::BlockBitmap, group),
+        Composed::InodeBitmap(group) => (Structure::InodeBitmap, group),
+        Composed::Inodes(group) => (Structure::Inode, group),
+        Composed::Superblock => (Structure::Superblock, BlockGroup(0)),
+        Composed::Descriptors(_) => (Structure::GroupDescriptor, BlockGroup(0)),
+    }
+}
+
+/// The records of `size` bytes in which `written`, which lies `skip` bytes into `served`, differs from it.
+fn changed_records(served: &[u8], written: &[u8], skip: usize, size: usize) -> Vec<u32> {
+    let mut changed: Vec<u32> = Vec::new();
+    for (at, (old, new)) in (skip..).zip(served.iter().skip(skip).zip(written)) {
+        if old != new
+            && let Ok(record) = u32::try_from(at / size)
+            && changed.last() != Some(&record)
+        {
+            changed.push(record);
+        }
+    }
+    changed
+}
+
+/// The block to store, and the foreign groups whose descriptors were to change.
+fn scatter_descriptors(
+    filesystem: &Filesystem,
+    index: u32,
+    shared: &SharedBlock,
+    written: &[u8],
+) -> (Vec<u8>, Vec<BlockGroup>) {
+    let size = usize::from(filesystem.superblock().descriptor_size);
+    let mut store = shared.stored.clone();
+    let mut refused = Vec::new();
+    let records = store
+        .chunks_exact_mut(size)
+        .zip(written.chunks_exact(size))
+        .zip(shared.served.chunks_exact(size));
+    for (group, ((store, written), served)) in
+        filesystem.groups_of_descriptor_block(index).zip(records)
+    {
+        if filesystem.owns(group) {
+            store.copy_from_slice(written);
+        } else if written != served {
+            refused.push(group);
+        }
+    }
+    (store, refused)
+}
+
+/// The block to store, and whether nothing foreign in it was to change.
+fn scatter_superblock(
+    filesystem: &Filesystem,
+    shared: &SharedBlock,
+    written: &[u8],
+) -> Result<(Vec<u8>, bool)> {
+    let mut superblock = superblock_in(written)?;
+    if filesystem.side() == Side::Base {
+        if superblock != superblock_in(&shared.served)? {
+            volatile::reveal_free(&mut superblock, filesystem.foreign_free());
+        } else {
+            superblock = superblock_in(&shared.stored)?;
+        }
+        let mut store = written.to_vec();
+        put_superblock(&mut store, &superblock);
+        return Ok((store, true));
+    }
+    let served = superblock_in(&shared.served)?;
+    let mut expected = shared.served.clone();
+    put_superblock(&mut expected, &superblock);
+    let honest = expected == written && volatile::is_honest_write(&served, &superblock);
+    let mut store = shared.stored.clone();
+    let stored = superblock_in(&shared.stored)?;
+    put_superblock(
+        &mut store,
+        &volatile::scatter_superblock(&stored, &superblock),
+    );
+    Ok((store, honest))
+}
