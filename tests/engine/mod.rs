@@ -6,6 +6,8 @@
 // A failed expectation ends a test: here that is the point.
 #![allow(clippy::panic, clippy::unwrap_used)]
 
+pub mod workload;
+
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::future::Future;
@@ -32,14 +34,19 @@ pub fn rounds(usual: u64) -> u64 {
     usual * factor.unwrap_or(1)
 }
 
-/// The seeds of a random test; `SEETHROUGH_TEST_SEED` replays a single one.
-pub fn seeds(usual: u64) -> Vec<u64> {
-    match std::env::var("SEETHROUGH_TEST_SEED")
+/// Runs a random test for its usual seeds, and says on failure how to replay the one that failed;
+/// `SEETHROUGH_TEST_SEED` runs a single one.
+pub fn for_each_seed(usual: u64, what: &str, test: impl Fn(u64)) {
+    let single = std::env::var("SEETHROUGH_TEST_SEED")
         .ok()
-        .and_then(|text| text.parse().ok())
-    {
-        Some(seed) => vec![seed],
-        None => (0..rounds(usual)).collect(),
+        .and_then(|text| text.parse().ok());
+    let seeds = single.map_or(0..rounds(usual), |seed: u64| seed..seed + 1);
+    for seed in seeds {
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(seed)));
+        if let Err(cause) = outcome {
+            eprintln!("{what}: replay with SEETHROUGH_TEST_SEED={seed}");
+            std::panic::resume_unwind(cause);
+        }
     }
 }
 
@@ -315,8 +322,9 @@ impl Chain {
             }
         }
         names.push(path("top.qcow2"));
+        let layers: Vec<_> = names.iter().map(|name| load(name)).collect();
         Self {
-            layers: names.iter().map(|name| load(name)).collect(),
+            layers,
             raw_base: shape.backing != Backing::None,
             directory,
             flat,
