@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use common::oracle::{self, Tolerated};
@@ -104,7 +104,7 @@ const OPTIONS: &[&str] = &[
 fn every_option_makes_the_image_that_qemu_img_makes() {
     let directory = Directory::new();
     for options in OPTIONS {
-        for size in ["0", "513", "1.5G", "40G"] {
+        for size in ["0", "513", "20G"] {
             let arguments = |name| ["create", "-q", "-f", "qcow2", "-o", options, name, size];
             directory.ok(&arguments("ours.qcow2"));
             directory.qemu_img(&arguments("theirs.qcow2"));
@@ -214,7 +214,8 @@ fn an_image_is_never_made_its_own_backing_image() {
     directory.ok(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
     directory.ok(&["create", "-q", "-b", "a.qcow2", "b.qcow2"]);
     let before = std::fs::read(directory.path("a.qcow2")).expect("readable");
-    for backing in ["a.qcow2", "./a.qcow2", "b.qcow2"] {
+    std::fs::hard_link(directory.path("a.qcow2"), directory.path("link.qcow2")).expect("linked");
+    for backing in ["a.qcow2", "./a.qcow2", "b.qcow2", "link.qcow2"] {
         directory.fails(&["create", "-b", backing, "a.qcow2"], 2);
     }
     let after = std::fs::read(directory.path("a.qcow2")).expect("readable");
@@ -233,4 +234,77 @@ fn chains_that_cannot_be_followed_are_refused_with_a_remedy() {
     ]);
     let error = directory.fails(&["info", "--backing-chain", "a.qcow2"], 1);
     assert!(error.contains("contains itself"), "{error}");
+}
+
+#[test]
+fn images_that_cannot_be_served_are_described_all_the_same() {
+    let directory = Directory::new();
+    let external = "data_file=data.raw,data_file_raw=on";
+    directory.qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        external,
+        "external.qcow2",
+        "1M",
+    ]);
+    directory.described_alike("external.qcow2");
+    directory.qemu_img(&["create", "-q", "-f", "qcow2", "marked.qcow2", "1M"]);
+    // Dirty and corrupt: the two lowest incompatible features.
+    let image = directory.path("marked.qcow2");
+    let mut bytes = std::fs::read(&image).expect("readable");
+    bytes[79] |= 0b11;
+    std::fs::write(&image, bytes).expect("writable");
+    directory.described_alike("marked.qcow2");
+}
+
+/// The disk of a stopped QEMU holds no lock; one that is in use does.
+#[test]
+fn an_image_in_use_is_neither_replaced_nor_described_without_force() {
+    let directory = Directory::new();
+    directory.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+    let user = InUse::by_qemu_io(&directory.path("a.qcow2"));
+    let error = directory.fails(&["create", "-q", "-f", "qcow2", "a.qcow2", "2M"], 1);
+    assert!(error.contains("a.qcow2"), "{error}");
+    directory.fails(&["info", "a.qcow2"], 1);
+    directory.ok(&["info", "-U", "a.qcow2"]);
+    directory.ok(&["create", "-q", "-b", "a.qcow2", "b.qcow2"]);
+    drop(user);
+    directory.ok(&["create", "-q", "-f", "qcow2", "a.qcow2", "2M"]);
+}
+
+/// An image that another program has open for writing.
+struct InUse {
+    process: std::process::Child,
+}
+
+impl InUse {
+    fn by_qemu_io(image: &Path) -> Self {
+        use std::io::{BufRead, BufReader, Write};
+        let mut process = Command::new("qemu-io")
+            .args(["-f", "qcow2"])
+            .arg(image)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("qemu-io runs");
+        // Its answer to a command says that the image is open.
+        let stdin = process.stdin.as_mut().expect("piped");
+        stdin.write_all(b"length\n").expect("qemu-io listens");
+        let stdout = process.stdout.as_mut().expect("piped");
+        let mut answer = String::new();
+        BufReader::new(stdout)
+            .read_line(&mut answer)
+            .expect("qemu-io answers");
+        Self { process }
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        drop(self.process.stdin.take());
+        self.process.wait().expect("qemu-io ends");
+    }
 }

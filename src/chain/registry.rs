@@ -150,7 +150,7 @@ impl Registry {
         let mut layers: Vec<Layer> = Vec::new();
         let mut next = Some((request.path.clone(), request.format));
         while let Some((path, format)) = next {
-            let id = identify(&path)?;
+            let id = file_id(&path)?;
             if layers.iter().any(|layer| layer.storage.id() == id) {
                 return Err(contains_itself(&path));
             }
@@ -218,7 +218,7 @@ fn writable_files(requests: &[DiskRequest]) -> Result<HashSet<FileId>> {
     requests
         .iter()
         .filter(|request| request.access == Access::ReadWrite)
-        .map(|request| identify(&request.path))
+        .map(|request| file_id(&request.path))
         .collect()
 }
 
@@ -265,7 +265,10 @@ fn find(
 }
 
 /// Which file a path leads to.
-fn identify(path: &Path) -> Result<FileId> {
+///
+/// # Errors
+/// The host's, if it leads nowhere.
+pub fn file_id(path: &Path) -> Result<FileId> {
     let metadata = std::fs::metadata(path).context(|| path.display().to_string())?;
     Ok(if metadata.file_type().is_block_device() {
         FileId::BlockDevice {

@@ -11,6 +11,7 @@ use crate::chain::create::{NewImage, create};
 use crate::chain::format::Format;
 use crate::chain::host::Locking;
 use crate::chain::inspect::{Unnamed, inspect_chain};
+use crate::chain::registry::file_id;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::qcow2::create::{BackingReference, CreateOptions, L2Entries, RefcountUpdates};
 use crate::qcow2::header::{CompressionType, Version};
@@ -135,7 +136,7 @@ impl Create {
         };
         if chain.iter().any(|layer| is_same_file(&layer.path, &self.file)) {
             return Err(invalid(format!(
-                "{}: it lies behind the backing image, and would become its own",
+                "{}: it is the backing image or lies behind it, and would become its own",
                 self.file.display()
             )));
         }
@@ -143,11 +144,9 @@ impl Create {
     }
 }
 
+/// Whether both paths lead to one file; a file that is not there yet is no other's.
 fn is_same_file(a: &Path, b: &Path) -> bool {
-    match (a.canonicalize(), b.canonicalize()) {
-        (Ok(a), Ok(b)) => a == b,
-        _ => false,
-    }
+    matches!((file_id(a), file_id(b)), (Ok(a), Ok(b)) if a == b)
 }
 
 /// What `-o` says.

@@ -11,9 +11,9 @@ use crate::chain::format::Format;
 use crate::chain::host::Locking;
 use crate::chain::inspect::{Inspected, Unnamed, inspect, inspect_chain};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::qcow2::features::{CompatibleFeatures, IncompatibleFeatures};
+use crate::qcow2::features::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
 use crate::qcow2::header::{Header, Version};
-use crate::qcow2::header_extension::SEETHROUGH_EXTENSION;
+use crate::qcow2::header_extension::{ExtensionType, SEETHROUGH_EXTENSION};
 use crate::sys::block_on;
 
 use super::options::parse_format;
@@ -131,6 +131,10 @@ struct Qcow2Specific {
     lazy_refcounts: Option<bool>,
     refcount_bits: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
+    data_file: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_file_raw: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     corrupt: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     extended_l2: Option<bool>,
@@ -240,11 +244,21 @@ impl Qcow2Specific {
         let v3 = header.version == Version::V3;
         let compatible = header.compatible_features;
         let incompatible = header.incompatible_features;
+        let external = incompatible.contains(IncompatibleFeatures::EXTERNAL_DATA_FILE);
+        let data_file = header.extension(ExtensionType::EXTERNAL_DATA_FILE_NAME);
         Self {
             compat: if v3 { "1.1" } else { "0.10" },
             compression_type: header.compression_type.name(),
             lazy_refcounts: v3.then(|| compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS)),
             refcount_bits: header.refcount_bits(),
+            data_file: data_file
+                .filter(|_| external)
+                .map(|name| String::from_utf8_lossy(name).into_owned()),
+            data_file_raw: external.then(|| {
+                header
+                    .autoclear_features
+                    .contains(AutoclearFeatures::RAW_EXTERNAL_DATA)
+            }),
             corrupt: v3.then(|| incompatible.contains(IncompatibleFeatures::CORRUPT)),
             extended_l2: v3.then(|| header.has_extended_l2()),
         }
@@ -257,6 +271,12 @@ impl Qcow2Specific {
             line("    lazy refcounts", &lazy.to_string());
         }
         line("    refcount bits", &self.refcount_bits.to_string());
+        if let Some(data_file) = &self.data_file {
+            line("    data file", data_file);
+        }
+        if let Some(raw) = self.data_file_raw {
+            line("    data file raw", &raw.to_string());
+        }
         if let Some(corrupt) = self.corrupt {
             line("    corrupt", &corrupt.to_string());
         }
