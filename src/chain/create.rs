@@ -27,7 +27,7 @@ pub enum NewImage {
     Qcow2(CreateOptions),
 }
 
-/// Makes `path` a new image. An image that is there is replaced.
+/// Makes `path` a new image. An image that is there is replaced, unless somebody uses it.
 ///
 /// # Errors
 /// Those of the host, of [`open_file`] and of [`qcow2::create::create`]. A file that was not there before is gone

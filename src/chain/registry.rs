@@ -318,6 +318,7 @@ fn contains_itself(path: &Path) -> Error {
 mod tests {
     use super::*;
     use crate::chain::create::{NewImage, create};
+    use crate::chain::host::Locking;
     use crate::qcow2::create::{BackingReference, CreateOptions};
     use crate::sys::{IoBuf, block_on};
     use crate::units::GuestOffset;
@@ -471,6 +472,51 @@ mod tests {
                 .unwrap();
             assert!(error.to_string().contains("contains itself"), "{error}");
         }
+    }
+
+    #[test]
+    fn what_one_registry_writes_to_no_other_opens_unless_by_force() {
+        let directory = Directory::new();
+        directory.raw("base.raw");
+        directory.overlay("tom.qcow2", "base.raw", "raw");
+        let disk = registry();
+        let disk = family(&disk, &[directory.request("tom.qcow2", Access::ReadWrite)]).unwrap();
+        for (name, access) in [
+            ("tom.qcow2", Access::ReadOnly),
+            ("tom.qcow2", Access::ReadWrite),
+            ("base.raw", Access::ReadWrite),
+        ] {
+            let error = family(&registry(), &[directory.request(name, access)])
+                .err()
+                .unwrap();
+            assert_eq!(error.kind(), ErrorKind::InUse, "{name} {access:?}");
+            assert!(error.to_string().contains(name), "{error}");
+        }
+        let by_force = Registry::new(HostOptions {
+            locking: Locking::ForceShare,
+            ..HostOptions::default()
+        });
+        family(
+            &by_force,
+            &[directory.request("tom.qcow2", Access::ReadOnly)],
+        )
+        .unwrap();
+        let writer = [directory.request("tom.qcow2", Access::ReadWrite)];
+        assert_eq!(
+            family(&by_force, &writer).err().unwrap().kind(),
+            ErrorKind::InvalidConfig
+        );
+        family(
+            &registry(),
+            &[directory.request("base.raw", Access::ReadOnly)],
+        )
+        .unwrap();
+        drop(disk);
+        family(
+            &registry(),
+            &[directory.request("base.raw", Access::ReadWrite)],
+        )
+        .unwrap();
     }
 
     #[test]
