@@ -234,6 +234,21 @@ fn a_regions_directory_is_sound_over_all_features() {
 }
 
 #[test]
+fn a_group_with_one_block_in_use_has_a_bitmap_that_was_written() {
+    let golden = Golden::make(&RECIPES[1]);
+    let superblock = golden.superblock();
+    let layout = golden.layout();
+    let is_unwritten = |group: &BlockGroup| golden.descriptor(*group)[0x12] & 0x2 != 0;
+    let number = superblock.groups().find(is_unwritten).unwrap();
+    let mut group = Group::new(&superblock, &layout, number, group_bytes(&golden, number)).unwrap();
+    let block = group.allocate_block().unwrap();
+    let bytes = group.into_bytes();
+    assert_eq!(bytes.descriptor[0x12] & 0x2, 0);
+    let group = Group::new(&superblock, &layout, number, bytes).unwrap();
+    assert_eq!(group.first_in_use(), Some(InUse::Block(block)));
+}
+
+#[test]
 fn inodes_share_their_block_of_the_table_with_those_in_use() {
     let golden = Golden::make(&RECIPES[1]);
     let superblock = golden.superblock();

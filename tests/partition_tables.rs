@@ -198,6 +198,13 @@ fn a_chain_of_logical_partitions_that_turns_back_is_corrupt() {
         let mut disk = good.clone();
         disk[first + 0x1ce + 8..first + 0x1ce + 12].copy_from_slice(&link.to_le_bytes());
         assert_eq!(kind_of(scan(&disk)), ErrorKind::Corrupt, "link to {link}");
+        // Without a partition of its own the boot record is a mere link.
+        disk[first + 0x1be..first + 0x1ce].fill(0);
+        assert_eq!(
+            kind_of(scan(&disk)),
+            ErrorKind::Corrupt,
+            "mere link to {link}"
+        );
     }
     let mut disk = good;
     disk[first + 0x1be + 12..first + 0x1be + 16].copy_from_slice(&u32::MAX.to_le_bytes());
