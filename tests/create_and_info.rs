@@ -260,6 +260,43 @@ fn images_that_cannot_be_served_are_described_all_the_same() {
     directory.described_alike("marked.qcow2");
 }
 
+#[test]
+fn the_declaration_of_regions_is_shown_whatever_the_format() {
+    let directory = Directory::new();
+    let raw = directory.path("base.raw");
+    directory.ok(&["create", "-q", "base.raw", "16M"]);
+    let parts = [
+        "-n",
+        "1:2048:+4M",
+        "-n",
+        "2:0:+4M",
+        raw.to_str().expect("UTF-8"),
+    ];
+    oracle::ok("sgdisk", parts);
+    directory.qemu_img(&["convert", "-O", "qcow2", "base.raw", "base.qcow2"]);
+    for (name, format) in [("base.raw", "raw"), ("base.qcow2", "qcow2")] {
+        let before = parse(&directory.ok(&["info", "--output=json", name]));
+        assert!(before.get("seethrough").is_none(), "{before}");
+        directory.ok(&[
+            "prepare",
+            "-f",
+            format,
+            "--reserve",
+            "data=partition:2",
+            name,
+        ]);
+        let after = parse(&directory.ok(&["info", "--output=json", name]));
+        let declared = after["seethrough"].to_string();
+        assert!(declared.contains("\"data\""), "{name}: {declared}");
+        let human = directory.ok(&["info", name]);
+        assert!(
+            human.contains(&format!("seethrough: {declared}")),
+            "{human}"
+        );
+    }
+    oracle::qemu_img_check(&directory.path("base.qcow2"), Tolerated::Nothing);
+}
+
 /// The disk of a stopped QEMU holds no lock; one that is in use does.
 #[test]
 fn an_image_in_use_is_neither_replaced_nor_described_without_force() {

@@ -4,8 +4,10 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::backing::resolve;
 use super::host::{HostOptions, open_file};
-use crate::error::{Context, Result};
+use super::registry::file_id;
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::{Access, Image};
 use crate::qcow2::create::{CreateOptions, L2Entries, RefcountUpdates};
 use crate::qcow2::header::Version;
@@ -33,6 +35,9 @@ pub enum NewImage {
 /// Those of the host, of [`open_file`] and of [`qcow2::create::create`]. A file that was not there before is gone
 /// again.
 pub async fn create(path: &Path, image: &NewImage) -> Result<()> {
+    if let NewImage::Qcow2(options) = image {
+        refuse_own_backing(path, options)?;
+    }
     let file = NewFile::at(path)?;
     write(&file.open()?, image)
         .await
@@ -53,6 +58,7 @@ pub async fn create_filled(
     extension: (ExtensionType, &[u8]),
     fill: impl AsyncFnOnce(&dyn Image) -> Result<()>,
 ) -> Result<()> {
+    refuse_own_backing(path, options)?;
     let file = NewFile::at(path)?;
     let storage = Arc::new(file.open()?);
     let filled = async {
@@ -68,6 +74,24 @@ pub async fn create_filled(
     filled.await.context(|| path.display().to_string())?;
     file.keep();
     Ok(())
+}
+
+/// Making an image in place of its own backing image would destroy that.
+fn refuse_own_backing(path: &Path, options: &CreateOptions) -> Result<()> {
+    let Some(backing) = &options.backing else {
+        return Ok(());
+    };
+    let backing = resolve(path, &backing.file)?;
+    match (file_id(path), file_id(&backing)) {
+        (Ok(new), Ok(old)) if new == old => Err(Error::new(
+            ErrorKind::InvalidConfig,
+            format!(
+                "{}: an image cannot lie over itself: give the new image another name",
+                path.display()
+            ),
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// A file that goes again unless it is kept, or was there before.
@@ -153,7 +177,6 @@ impl fmt::Display for NewImage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::{Error, ErrorKind};
     use crate::image::RawImage;
     use crate::qcow2::create::BackingReference;
     use crate::qcow2::header::Header;
@@ -205,6 +228,25 @@ mod tests {
         let buf = IoBuf::zeroed(1024);
         block_on(disk.read(GuestOffset(4096 - 512), buf.clone())).unwrap();
         assert_eq!(buf.to_vec(), [[7; 512], [9; 512]].concat());
+    }
+
+    #[test]
+    fn an_image_is_never_made_in_place_of_what_it_lies_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let base_path = directory.path().join("base.raw");
+        std::fs::write(&base_path, b"precious").unwrap();
+        std::fs::hard_link(&base_path, directory.path().join("link")).unwrap();
+        for name in ["base.raw", "link"] {
+            let path = directory.path().join(name);
+            let error = block_on(create(&path, &NewImage::Qcow2(overlay()))).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+            let extension = (SEETHROUGH_EXTENSION, b"{}".as_slice());
+            let nothing = async |_: &dyn Image| Ok(());
+            let options = overlay();
+            let filled = create_filled(&path, &options, Some(base()), extension, nothing);
+            block_on(filled).unwrap_err();
+        }
+        assert_eq!(std::fs::read(&base_path).unwrap(), b"precious");
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::qcow2::features::{AutoclearFeatures, CompatibleFeatures, Incompatible
 use crate::qcow2::header::{Header, Version};
 use crate::qcow2::header_extension::{ExtensionType, SEETHROUGH_EXTENSION};
 use crate::sys::block_on;
+use crate::view::declared::read_declaration;
 
 use super::options::parse_format;
 use super::output;
@@ -160,7 +161,14 @@ impl ImageInfo {
         };
         Ok(match &image.header {
             Some(header) => info.with_header(&image.path, header),
-            None => info,
+            // A raw image declares its regions in a file beside it.
+            None => Self {
+                seethrough: read_declaration(&image.path, None)?
+                    .map(|found| found.to_bytes())
+                    .transpose()?
+                    .map(|bytes| declaration(&bytes)),
+                ..info
+            },
         })
     }
 
