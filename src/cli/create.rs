@@ -3,7 +3,7 @@
 //! The format is `-f`'s; without it qcow2 if there is a backing file or an option that only qcow2 has, and raw
 //! otherwise.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use crate::chain::backing::resolve;
@@ -17,6 +17,7 @@ use crate::qcow2::create::{BackingReference, CreateOptions, L2Entries, RefcountU
 use crate::qcow2::header::{CompressionType, Version};
 use crate::sys::block_on;
 
+use super::create_child::{ChildRequest, Report};
 use super::options::{parse_format, parse_key_values, parse_size, parse_switch};
 use super::output;
 
@@ -44,6 +45,10 @@ pub struct Create {
     #[arg(short = 'u', requires = "backing_format")]
     unchecked: bool,
 
+    /// Make a child of the backing image that owns this region of it; may be repeated
+    #[arg(long = "region", value_name = "NAME", requires = "backing", conflicts_with_all = ["unchecked", "size"])]
+    regions: Vec<String>,
+
     /// Print nothing
     #[arg(short = 'q')]
     quiet: bool,
@@ -64,10 +69,15 @@ impl Create {
     /// What [`create`] and the look at the backing image may fail with.
     pub fn run(self) -> Result<()> {
         let mut options = Options::default();
+        let mut given = Vec::new();
         for list in &self.options {
             for (key, value) in parse_key_values(list)? {
                 options.set(&key, &value)?;
+                given.push(key);
             }
+        }
+        if let (Some(base), false) = (&self.backing, self.regions.is_empty()) {
+            return self.run_child(base, options, &given);
         }
         let image = self.new_image(&options)?;
         block_on(create(&self.file, &image))?;
@@ -75,6 +85,29 @@ impl Create {
             return Ok(());
         }
         output::print(&format!("Formatting '{}', {image}\n", self.file.display()))
+    }
+
+    fn run_child(&self, base: &OsStr, options: Options, given: &[String]) -> Result<()> {
+        if self.format == Some(Format::Raw) {
+            return Err(invalid("a child is a qcow2 image: leave -f out"));
+        }
+        if options.size.is_some() {
+            return Err(invalid("a child is as large as its base: leave the size out"));
+        }
+        let report = if self.quiet {
+            Report::None
+        } else {
+            Report::Formatting
+        };
+        let child = ChildRequest {
+            file: &self.file,
+            base,
+            base_format: self.backing_format,
+            regions: &self.regions,
+            options: options.qcow2,
+            given,
+        };
+        block_on(child.run(report))
     }
 
     fn new_image(&self, options: &Options) -> Result<NewImage> {

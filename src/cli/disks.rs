@@ -5,12 +5,13 @@ use std::sync::Arc;
 use super::vm_options::VmOptions;
 use crate::chain::host::{HostOptions, Locking};
 use crate::chain::registry::{DiskRequest, Registry};
-use crate::error::Result;
+use crate::error::{Context, Result};
 use crate::image::{Access, Image};
 use crate::storage::CacheMode;
 use crate::sys::block_on;
+use crate::view::declared::view_of;
 
-/// Opens the disk of every VM, in their order.
+/// Opens the disk of every VM, in their order: what each may see of it, if it shares it with others.
 ///
 /// # Errors
 /// If one of them cannot be opened, or is used in a way that excludes this one.
@@ -18,8 +19,15 @@ pub(super) fn open_disks(vms: &[VmOptions], cache: CacheMode) -> Result<Vec<Arc<
     let locking = Locking::Lock;
     let registry = Registry::new(HostOptions { cache, locking });
     let requests: Vec<DiskRequest> = vms.iter().map(request).collect();
-    let disks = block_on(registry.open_family(&requests))?;
-    Ok(disks.into_iter().map(|disk| disk.image).collect())
+    block_on(async {
+        let disks = registry.open_family(&requests).await?;
+        let mut views = Vec::with_capacity(disks.len());
+        for (vm, disk) in vms.iter().zip(&disks) {
+            let view = view_of(&vm.name, disk).await;
+            views.push(view.context(|| format!("vm {}", vm.name))?);
+        }
+        Ok(views)
+    })
 }
 
 fn request(vm: &VmOptions) -> DiskRequest {

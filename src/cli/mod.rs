@@ -6,6 +6,7 @@
 //! VMMs start a vhost-user back-end with options alone, so `serve` may be left out: arguments that begin with an
 //! option are `serve`'s.
 
+mod create_child;
 mod disks;
 pub mod options;
 pub mod output;
