@@ -64,6 +64,8 @@ impl Qcow2 {
             runs.push((start, mapping, buf.slice(done..done + to_usize(len))));
             done += to_usize(len);
         }
+        // A lookup may have found the metadata broken: what it says must not be written to.
+        self.check_not_poisoned()?;
         let pieces = runs.into_iter().map(|(start, mapping, part)| -> Piece<'_> {
             match mapping {
                 WriteMapping::InPlace(host) => self.storage.writev(host, part),
@@ -111,7 +113,9 @@ impl Qcow2 {
         let Place::Slice { at, entry, .. } = self.place_in(table, cluster, true) else {
             unreachable!("a table has slices only");
         };
-        Ok((self.l2_slice(at).await?, entry))
+        let slice = self.l2_slice(at).await?;
+        self.check_not_poisoned()?;
+        Ok((slice, entry))
     }
 
     fn plan_write(
