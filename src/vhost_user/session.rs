@@ -29,7 +29,7 @@ pub(super) fn serve(vm: &Arc<Vm>, stream: UnixStream) {
             log::info!("{}: the front-end has left", vm.name());
         }
         error => log::error!(
-            "{}: the session ends, as the front-end sent nonsense: {error}",
+            "{}: the session ends on a message that cannot be carried out: {error}",
             vm.name()
         ),
     }

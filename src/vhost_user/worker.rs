@@ -16,7 +16,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -260,7 +260,9 @@ impl Worker {
         let wanted = if queue.event_idx_enabled() {
             queue.needs_notification(memory)
         } else {
-            let flags = memory.load::<u16>(GuestAddress(queue.avail_ring()), Ordering::SeqCst);
+            // The driver clears its flag and then looks at the used ring; here it is the other way round.
+            fence(Ordering::SeqCst);
+            let flags = memory.load::<u16>(GuestAddress(queue.avail_ring()), Ordering::Relaxed);
             Ok(flags.map_or(true, |flags| {
                 u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0
             }))
