@@ -20,8 +20,9 @@ use rand::{RngExt, SeedableRng};
 use seethrough::chain::format::Format;
 use seethrough::chain::host::HostOptions;
 use seethrough::chain::registry::{DiskRequest, Registry};
+use seethrough::error::ErrorKind;
 use seethrough::image::{Access, Image};
-use seethrough::storage::ZeroMode;
+use seethrough::storage::{CacheMode, ZeroMode};
 use seethrough::sys::{IoBuf, block_on};
 use seethrough::units::GuestOffset;
 
@@ -73,6 +74,8 @@ struct Case {
     name: String,
     options: &'static str,
     behind: Behind,
+    /// Half the cases go past the page cache.
+    cache: CacheMode,
     rng: StdRng,
     directory: tempfile::TempDir,
 }
@@ -121,7 +124,7 @@ fn raw_images_are_read_and_written_byte_for_byte() {
     std::fs::write(&image, vec![0x11; 300_000]).expect("writable");
     let mut model = vec![0x11; 300_000];
     model.resize(300_032, 0);
-    let disk = open(&image, Format::Raw, Access::ReadWrite);
+    let disk = case.open(&image, Format::Raw, Access::ReadWrite);
     assert!(read_all(&disk, &mut case.rng) == model);
     case.write_randomly(&disk, &mut model);
     drop(disk);
@@ -132,8 +135,14 @@ fn raw_images_are_read_and_written_byte_for_byte() {
 
 impl Case {
     fn new(seed: u64, options: &'static str, behind: Behind) -> Self {
+        let cache = if seed.is_multiple_of(2) {
+            CacheMode::Writeback
+        } else {
+            CacheMode::None
+        };
         Self {
-            name: format!("seed {seed}: {options} over {behind:?}"),
+            name: format!("seed {seed}: {options} over {behind:?}, {cache:?}"),
+            cache,
             options,
             behind,
             rng: StdRng::seed_from_u64(seed),
@@ -151,7 +160,7 @@ impl Case {
         let before: Vec<Vec<u8>> = self.files_behind().iter().map(|file| bytes(file)).collect();
 
         let mut model = self.stock_reads(&image);
-        let disk = open(&image, Format::Qcow2, Access::ReadWrite);
+        let disk = self.open(&image, Format::Qcow2, Access::ReadWrite);
         assert_eq!(disk.virtual_size(), SIZE, "{}", self.name);
         let found = read_all(&disk, &mut self.rng);
         self.same(&found, &model, "first read");
@@ -164,7 +173,7 @@ impl Case {
         self.same(&self.stock_reads(&image), &model, "what stock tools read");
         self.fill(&image, "qcow2", SIZE);
         let model = self.stock_reads(&image);
-        let disk = open(&image, Format::Qcow2, Access::ReadOnly);
+        let disk = self.open(&image, Format::Qcow2, Access::ReadOnly);
         let found = read_all(&disk, &mut self.rng);
         self.same(&found, &model, "read after stock tools wrote");
         drop(disk);
@@ -376,6 +385,29 @@ impl Case {
         }
     }
 
+    fn open(&self, image: &Path, format: Format, access: Access) -> Arc<dyn Image> {
+        let request = DiskRequest {
+            path: image.to_owned(),
+            format: Some(format),
+            access,
+        };
+        let open = |cache| {
+            let registry = Registry::new(HostOptions {
+                cache,
+                ..HostOptions::default()
+            });
+            block_on(registry.open(&request))
+        };
+        let opened = match open(self.cache) {
+            // Some filesystems have no direct I/O.
+            Err(error) if error.kind() == ErrorKind::Unsupported => open(CacheMode::Writeback),
+            outcome => outcome,
+        };
+        opened
+            .unwrap_or_else(|error| panic!("{}: {error}", self.name))
+            .image
+    }
+
     fn same(&self, found: &[u8], expected: &[u8], what: &str) {
         assert_eq!(found.len(), expected.len(), "{}: {what}: length", self.name);
         let wrong = found.iter().zip(expected).position(|(a, b)| a != b);
@@ -394,18 +426,6 @@ fn qemu_io(image: &Path, format: &str, commands: Vec<String>) {
     }
     arguments.push(text(image).to_owned());
     oracle::ok("qemu-io", arguments);
-}
-
-fn open(image: &Path, format: Format, access: Access) -> Arc<dyn Image> {
-    let registry = Registry::new(HostOptions::default());
-    let request = DiskRequest {
-        path: image.to_owned(),
-        format: Some(format),
-        access,
-    };
-    block_on(registry.open(&request))
-        .unwrap_or_else(|error| panic!("{}: {error}", image.display()))
-        .image
 }
 
 /// The whole disk, in pieces of random length.
