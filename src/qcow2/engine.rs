@@ -15,7 +15,7 @@ use super::allocator::{Allocator, Layout};
 use super::geometry::{Geometry, to_usize};
 use super::grace::Grace;
 use super::header::{CompressionType, Header};
-use super::health::Health;
+use super::health::{Health, require_refcounts};
 use super::l1::L1Table;
 use super::quarantine::Retired;
 use super::range_lock::RangeLocks;
@@ -69,7 +69,8 @@ impl Qcow2 {
     ///
     /// # Errors
     /// Those of [`Header::read`], [`Header::require_readable`] and, for `Access::ReadWrite`,
-    /// [`Header::require_writable`]; and the storage's.
+    /// [`Header::require_writable`]; [`ErrorKind::Corrupt`](crate::error::ErrorKind::Corrupt) for an image that is
+    /// to be written and whose refcounts are out of date; and the storage's.
     pub async fn open(
         storage: Arc<dyn Storage>,
         backing: Option<Arc<dyn Image>>,
@@ -89,7 +90,10 @@ impl Qcow2 {
         let header = Header::read(storage.as_ref()).await?;
         match access {
             Access::ReadOnly => header.require_readable()?,
-            Access::ReadWrite => header.require_writable()?,
+            Access::ReadWrite => {
+                header.require_writable()?;
+                require_refcounts(&header)?;
+            }
         }
         let geometry = Geometry::new(&header);
         let l1_bytes = u64::from(header.l1_size) * 8;

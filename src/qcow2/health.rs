@@ -8,8 +8,8 @@
 //!    vouch for.
 //! 3. Metadata found broken sets the corrupt bit, so that no one else writes either before a repair.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::engine::Qcow2;
 use super::features::{AutoclearFeatures, IncompatibleFeatures};
@@ -26,26 +26,17 @@ pub(super) struct Health {
     unrecorded: AtomicBool,
     /// The first write may go ahead: nothing is left to be cleared.
     begun: AtomicBool,
-    /// The image cannot be written although it could be opened for writing: why.
-    refusal: Mutex<Option<&'static str>>,
 }
 
 impl Health {
     /// The state of an image with this header.
     pub(super) fn new(header: &Header, access: Access) -> Self {
-        let dirty = header
-            .incompatible_features
-            .contains(IncompatibleFeatures::DIRTY);
-        let refusal = dirty.then_some(
-            "its refcounts are out of date (the dirty bit is set): repair it with `qemu-img check -r all`",
-        );
         let clean = header.autoclear_features == AutoclearFeatures::default();
         Self {
             broken: AtomicBool::new(false),
             reason: OnceLock::new(),
             unrecorded: AtomicBool::new(false),
-            begun: AtomicBool::new(access == Access::ReadWrite && clean && !dirty),
-            refusal: Mutex::new(refusal),
+            begun: AtomicBool::new(access == Access::ReadWrite && clean),
         }
     }
 
@@ -67,6 +58,24 @@ impl Health {
         self.unrecorded.store(true, Ordering::Release);
         self.poison(reason);
     }
+}
+
+/// Whether the refcounts of an image that is to be written can be relied on.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] if its last writer has left them out of date.
+pub(super) fn require_refcounts(header: &Header) -> Result<()> {
+    if !header
+        .incompatible_features
+        .contains(IncompatibleFeatures::DIRTY)
+    {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Corrupt,
+        "the refcounts are out of date (the dirty bit is set) and the image cannot be written: repair it with \
+         `qemu-img check -r all`, or open it read-only",
+    ))
 }
 
 impl Qcow2 {
@@ -104,17 +113,6 @@ impl Qcow2 {
         self.check_not_poisoned()?;
         if self.health.begun.load(Ordering::Acquire) {
             return Ok(());
-        }
-        let refusal = *self
-            .health
-            .refusal
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(why) = refusal {
-            return Err(Error::new(
-                ErrorKind::ReadOnly,
-                format!("{} cannot be written: {why}", self.storage.name()),
-            ));
         }
         // Invariant 2. Two that get here at once do it twice, which does no harm.
         self.update_header(|header| header.autoclear_features = AutoclearFeatures::default())
