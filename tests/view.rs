@@ -17,7 +17,7 @@ use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use bed::{Bed, ID, Kernel, Recipe, can_mount, dump, local, make_disk};
+use bed::{Bed, ID, Kernel, Recipe, can_mount, dump, local, make_disk, run};
 use seethrough::error::{Error, ErrorKind};
 use seethrough::ext4::layout::Kind;
 use seethrough::image::{Image, Mapped};
@@ -180,6 +180,12 @@ fn use_directory(dir: &Path, fill: u8) {
     fs::write(dir.join("sub/large"), vec![fill; 3 << 20]).unwrap();
 }
 
+/// Copies a file with its extended attributes, whose block a kernel would like to share.
+fn copy_with_attributes(from: &Path, to: &Path) {
+    let (from, to) = (from.to_str().unwrap(), to.to_str().unwrap());
+    run("cp", &["--preserve=xattr", from, to]);
+}
+
 /// Writes until there is no room; how many bytes there were.
 fn fill_up(path: &Path) -> u64 {
     let mut file = fs::File::create(path).unwrap();
@@ -206,12 +212,15 @@ fn a_child_uses_its_region_and_nothing_else() {
         let bed = Bed::new(recipe);
         let before = bed.storage.contents();
         let child = bed.child("tom");
+        // A guest reads an inode before it reads its attributes; a copy of the disk is in another order.
+        dump(&child.view);
         let kernel = Kernel::mount(&bed, &child.view, "tom", "defaults");
         assert_nothing_can_be_changed(&kernel.mount, &kernel.mount.join("top"));
         let share = kernel.mount.join("usr/share");
         assert_nothing_can_be_changed(&share, &share.join("file"));
         assert_eq!(fs::read(kernel.mount.join("link")).unwrap().len(), 10_000);
         use_directory(&kernel.mount.join("local"), 7);
+        copy_with_attributes(&kernel.mount.join("top"), &kernel.mount.join("local/copy"));
         let after = kernel.unmount();
 
         assert_eq!(child.view.refusals().total(), 0, "an honest guest");
@@ -418,6 +427,36 @@ fn zeroing_a_foreign_inode_table_drops_every_inode_in_use() {
     assert!(in_use > 10);
     assert_eq!(child.view.refusals().count(Structure::Inode), in_use as u64);
     assert!(read(&child.view, at, 64 << 10) == served);
+}
+
+#[test]
+fn a_foreign_block_of_attributes_reads_as_shared_to_the_full_once_its_inode_was_read() {
+    let bed = Bed::new(&DEFAULTS);
+    let child = bed.child("tom");
+    let magic = 0xea02_0000_u32.to_le_bytes();
+    let stored = bed.storage.contents();
+    let at = (0..stored.len())
+        .step_by(4096)
+        .find(|&at| stored[at..at + 4] == magic)
+        .unwrap();
+    let read_block = || read(&child.view, at as u64 - 4096, 3 * 4096)[4096..8192].to_vec();
+    assert!(
+        read_block() == stored[at..at + 4096],
+        "nothing says yet what it is"
+    );
+    let table = block_of(&bed, |kind| {
+        kind == Kind::InodeTable {
+            group: BlockGroup(0),
+            index: 0,
+        }
+    });
+    read(&child.view, table, 4096);
+    let served = read_block();
+    assert_eq!(served[4..8], 1024_u32.to_le_bytes(), "h_refcount");
+    assert!(served[32..] == stored[at + 32..at + 4096]);
+    let error = write(&child.view, at as u64, &served).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Refused);
+    assert!(read(&bed.base_view(), at as u64, 4096) == stored[at..at + 4096]);
 }
 
 #[test]

@@ -9,8 +9,9 @@ use super::disk::View;
 use super::route::{Composed, Piece};
 use super::territory::{Filesystem, Side};
 use crate::error::{Error, ErrorKind, Result};
+use crate::ext4::inode::Inode;
 use crate::ext4::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE};
-use crate::ext4::{bitmap, group_descriptor, inode, volatile};
+use crate::ext4::{bitmap, group_descriptor, inode, volatile, xattr_block};
 use crate::image::Image;
 use crate::sys::IoBuf;
 use crate::units::{BlockGroup, FsBlock, GuestOffset};
@@ -51,6 +52,14 @@ impl View {
                 }
                 Ok(())
             }
+            Composed::Attributes(_) => {
+                let block = filesystem.block_at(piece.at);
+                let at = filesystem.offset_of(block);
+                let mut bytes = read_bytes(&*self.truth, at, filesystem.block_size()).await?;
+                xattr_block::foreign(&filesystem.superblock().checksums, block, &mut bytes);
+                buf.copy_from(0, &bytes[filesystem.within_block(piece)]);
+                Ok(())
+            }
             Composed::Superblock | Composed::Descriptors(_) => {
                 let block = filesystem.block_at(piece.at);
                 let shared = self.shared_block(filesystem, what, block).await?;
@@ -71,6 +80,10 @@ impl View {
         let mut bytes = read_bytes(&*self.truth, chunk.at, chunk.len).await?;
         let record = usize::from(superblock.inode_size);
         for (index, inode) in (chunk.first_index..).zip(bytes.chunks_exact_mut(record)) {
+            let Inode { file_acl, .. } = Inode::parse(inode);
+            if file_acl != 0 {
+                filesystem.note_attributes(FsBlock(file_acl));
+            }
             inode::foreign(superblock, superblock.inode_number(group, index), inode);
         }
         Ok(bytes)

@@ -26,6 +26,7 @@
 //! Lock order: a task holds at most one lock of [`block_locks`], across the I/O of one block; nothing else is
 //! locked under it but the lists of the layers below.
 
+mod attribute_blocks;
 mod block_locks;
 mod changes;
 mod compose;

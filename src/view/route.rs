@@ -46,6 +46,9 @@ pub(super) enum Composed {
     InodeBitmap(BlockGroup),
     /// Blocks of a foreign group's inode table.
     Inodes(BlockGroup),
+    /// A block of a foreign group that holds extended attributes: composed when it is read, and foreign data when it
+    /// is written.
+    Attributes(BlockGroup),
 }
 
 /// What kind of foreign data a piece is.
@@ -109,8 +112,12 @@ impl<'a> Pieces<'a> {
     /// How the bytes from `at` on are treated.
     fn stretch_at(&self, at: GuestOffset) -> Stretch {
         let mut stretch = self.territory.stretch_at(at, self.end);
-        if self.route == Route::Read && matches!(stretch.treatment, Treatment::Foreign(_)) {
-            stretch.treatment = Treatment::Through;
+        if self.route == Route::Read
+            && let Treatment::Foreign(foreign) = stretch.treatment
+        {
+            stretch = self
+                .territory
+                .readable(at, foreign, stretch.end.min(self.end));
         }
         // Every stretch moves on, whatever the layout says.
         stretch.end = stretch

@@ -72,6 +72,8 @@ impl View {
                 }
                 Ok(())
             }
+            // Written, a block of attributes is foreign data, and never comes here.
+            Composed::Attributes(_) => Ok(()),
             Composed::BlockBitmap(_) | Composed::InodeBitmap(_) => {
                 let bytes = bytes_of(piece.at, piece.len);
                 if bytes.iter().any(|&byte| byte != bitmap::FULL) {
@@ -147,6 +149,7 @@ fn foreign_metadata(what: Composed) -> (Structure, BlockGroup) {
         Composed::BlockBitmap(group) => (Structure::BlockBitmap, group),
         Composed::InodeBitmap(group) => (Structure::InodeBitmap, group),
         Composed::Inodes(group) => (Structure::Inode, group),
+        Composed::Attributes(group) => (Structure::Data, group),
         Composed::Superblock => (Structure::Superblock, BlockGroup(0)),
         Composed::Descriptors(_) => (Structure::GroupDescriptor, BlockGroup(0)),
     }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::attribute_blocks::AttributeBlocks;
 use super::compose::InodeChunk;
 use super::ownership::GroupSet;
 use super::probe::Probe;
@@ -59,6 +60,7 @@ pub struct Filesystem {
     owned: GroupSet,
     /// What is free in the groups that the VM does not own; for the base alone.
     foreign_free: FreeCounts,
+    attributes: AttributeBlocks,
 }
 
 impl Territory {
@@ -112,6 +114,35 @@ impl Territory {
         }
     }
 
+    /// How `foreign` bytes from `at` to `end` are read: as they are, but for extended attributes.
+    pub(super) fn readable(&self, at: GuestOffset, foreign: Foreign, end: GuestOffset) -> Stretch {
+        let (Some(filesystem), Some(group)) = (&self.filesystem, foreign.group) else {
+            return Stretch {
+                treatment: Treatment::Through,
+                end,
+            };
+        };
+        let block = filesystem.block_at(at);
+        let behind = filesystem
+            .block_at(GuestOffset(end.0.saturating_sub(1)))
+            .0
+            .saturating_add(1);
+        match filesystem.attributes.first_in(block..FsBlock(behind)) {
+            Some(first) if first == block => Stretch {
+                treatment: Treatment::Composed(Composed::Attributes(group)),
+                end: end.min(filesystem.offset_of(FsBlock(block.0 + 1))),
+            },
+            Some(first) => Stretch {
+                treatment: Treatment::Through,
+                end: filesystem.offset_of(first),
+            },
+            None => Stretch {
+                treatment: Treatment::Through,
+                end,
+            },
+        }
+    }
+
     /// What no region takes is the base's.
     fn owner_of_the_rest(&self) -> Owner {
         match self.side {
@@ -134,6 +165,16 @@ impl Filesystem {
             probe,
             owned,
             foreign_free,
+            attributes: AttributeBlocks::default(),
+        }
+    }
+
+    /// Takes note that a foreign inode has its extended attributes in `block`.
+    pub(super) fn note_attributes(&self, block: FsBlock) {
+        if let Some((Kind::Data { group }, _)) = self.layout().classify(block)
+            && !self.owns(group)
+        {
+            self.attributes.note(block);
         }
     }
 

@@ -74,17 +74,21 @@ pub(crate) fn try_run(program: &str, arguments: &[&str]) -> (Option<i32>, String
     (output.status.code(), text)
 }
 
-/// What is put into every base before it is prepared: files, a directory, a symbolic link, a device.
+/// What is put into every base before it is prepared: files, a directory, a symbolic link, a device, and extended
+/// attributes that do not fit an inode.
 fn populate(image: &Path) {
     let script = image.with_extension("debugfs");
     let data = image.with_extension("data");
     fs::write(&data, b"what the base holds\n".repeat(500)).unwrap();
+    let attribute = image.with_extension("attribute");
+    fs::write(&attribute, [b'a'; 600]).unwrap();
     fs::write(
         &script,
         format!(
             "mkdir usr\nmkdir usr/share\nwrite {data} usr/share/file\nwrite {data} top\n\
-             symlink link usr/share/file\nmknod null c 1 3\n",
-            data = data.display()
+             symlink link usr/share/file\nmknod null c 1 3\nea_set -f {attribute} top user.large\n",
+            data = data.display(),
+            attribute = attribute.display()
         ),
     )
     .unwrap();
