@@ -1,0 +1,207 @@
+//! `prepare`, `create --region` and `flatten`, as a user runs them: on raw and qcow2 bases, with the filesystem on the
+//! whole disk or in a partition, and with partitions as regions.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::Command;
+
+use tempfile::TempDir;
+
+const MIB: u64 = 1 << 20;
+
+struct Bench {
+    dir: TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self {
+            dir: TempDir::new().unwrap(),
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Runs a command line in the bench's directory: whether it succeeded, and what it said.
+    fn try_run(&self, line: &str) -> (bool, String) {
+        let mut words = line.split_whitespace();
+        let program = match words.next().unwrap() {
+            "seethrough" => env!("CARGO_BIN_EXE_seethrough"),
+            other => other,
+        };
+        let path = format!("/usr/sbin:/sbin:{}", std::env::var("PATH").unwrap());
+        let output = Command::new(program)
+            .args(words)
+            .current_dir(self.dir.path())
+            .env("PATH", path)
+            .output()
+            .unwrap_or_else(|error| panic!("{line}: {error}"));
+        let text = [output.stdout, output.stderr].concat();
+        (
+            output.status.success(),
+            String::from_utf8_lossy(&text).into_owned(),
+        )
+    }
+
+    fn run(&self, line: &str) -> String {
+        let (succeeded, text) = self.try_run(line);
+        assert!(succeeded, "{line}:\n{text}");
+        text
+    }
+
+    fn refused(&self, line: &str) -> String {
+        let (succeeded, text) = self.try_run(line);
+        assert!(!succeeded, "{line} succeeded:\n{text}");
+        text
+    }
+
+    fn make_file(&self, name: &str, len: u64) {
+        File::create(self.path(name)).unwrap().set_len(len).unwrap();
+    }
+
+    /// A qcow2 base with groups of 8 MiB.
+    fn make_base(&self) {
+        self.make_file("base.raw", 64 * MIB);
+        self.run("mkfs.ext4 -q -F -b 4096 -g 2048 -J size=4 base.raw");
+        self.run("qemu-img convert -O qcow2 base.raw base.qcow2");
+    }
+
+    fn assert_clean(&self, raw: &str) {
+        self.run(&format!("e2fsck -fn {raw}"));
+    }
+}
+
+#[test]
+fn a_qcow2_base_a_child_and_its_flattened_disk_pass_the_stock_tools() {
+    let bench = Bench::new();
+    bench.make_base();
+    bench.run("seethrough prepare base.qcow2 --reserve local=groups:6-7 --dir /local");
+    bench.run("seethrough create -b base.qcow2 --region local tom.qcow2");
+    for image in ["base.qcow2", "tom.qcow2"] {
+        bench.run(&format!("qemu-img check {image}"));
+    }
+    bench.run("seethrough flatten tom.qcow2 flat.qcow2");
+    bench.run("seethrough flatten -O raw tom.qcow2 flat.raw");
+    bench.run("qemu-img check flat.qcow2");
+    bench.run("qemu-img compare -f qcow2 -F raw flat.qcow2 flat.raw");
+    bench.assert_clean("flat.raw");
+    bench.run("qemu-img convert -O raw base.qcow2 now.raw");
+    bench.assert_clean("now.raw");
+    let listing = bench.run("debugfs -R ls flat.raw");
+    assert!(listing.contains("local"), "{listing}");
+    assert!(
+        bench
+            .refused("seethrough flatten tom.qcow2 flat.raw")
+            .contains("exists already")
+    );
+    assert!(
+        bench
+            .refused("seethrough flatten base.qcow2 x.raw")
+            .contains("no child")
+    );
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_with_a_remedy_and_changes_nothing() {
+    let bench = Bench::new();
+    bench.make_base();
+    let before = fs::read(bench.path("base.qcow2")).unwrap();
+    for (line, expected) in [
+        (
+            "create -b base.qcow2 --region local tom.qcow2",
+            "seethrough prepare",
+        ),
+        (
+            "prepare base.qcow2 --reserve local=groups:6",
+            "--dir /local",
+        ),
+        (
+            "prepare base.qcow2 --reserve local=groups:6 --dir /a --dir /b",
+            "--dir /b",
+        ),
+        (
+            "prepare base.qcow2 --reserve local=blocks:6 --dir /a",
+            "NAME=groups:8-15",
+        ),
+        (
+            "prepare base.qcow2 --reserve a/b=groups:6 --dir /a",
+            "letters, digits",
+        ),
+        (
+            "prepare base.qcow2 --reserve local=partition:2",
+            "no partition 2",
+        ),
+        (
+            "prepare base.qcow2 --reserve local=groups:1-5 --dir /a",
+            "free are block groups",
+        ),
+        (
+            "prepare base.qcow2 --reserve a=groups:6 --dir /a --reserve b=groups:6-7 --dir /b",
+            "belongs to region \"a\"",
+        ),
+    ] {
+        let said = bench.refused(&format!("seethrough {line}"));
+        assert!(said.contains(expected), "{line}:\n{said}");
+    }
+    assert!(fs::read(bench.path("base.qcow2")).unwrap() == before);
+    bench.run("seethrough prepare base.qcow2 --reserve local=groups:6-7 --dir /local");
+    for (options, expected) in [
+        ("--region other", "it declares: local"),
+        ("--region local -o cluster_size=256k", "at once"),
+        (
+            "--region local -o extended_l2=off,cluster_size=64k",
+            "at once",
+        ),
+        ("--region local -o compat=0.10", "compat=1.1"),
+        ("--region local -f raw", "leave -f out"),
+    ] {
+        let line = format!("seethrough create -b base.qcow2 {options} tom.qcow2");
+        let said = bench.refused(&line);
+        assert!(said.contains(expected), "{line}:\n{said}");
+        assert!(!bench.path("tom.qcow2").exists(), "{line}");
+    }
+    bench.run("seethrough create -b base.qcow2 --region local -o cluster_size=64k tom.qcow2");
+}
+
+#[test]
+fn a_filesystem_in_a_partition_and_a_whole_partition_become_regions() {
+    for table in ["gpt", "mbr"] {
+        let bench = Bench::new();
+        bench.make_file("disk.raw", 100 * MIB);
+        bench.run("sgdisk -o -n 1:2048:+64M -n 2:0:+16M disk.raw");
+        if table == "mbr" {
+            bench.run("sgdisk --gpttombr=1:2 disk.raw");
+        }
+        bench.run("mkfs.ext4 -q -F -b 1024 -E offset=1048576 disk.raw 64M");
+        bench.run(
+            "seethrough prepare -f raw disk.raw --reserve local=groups:3,6 --dir /local \
+             --reserve scratch=partition:2",
+        );
+        let said = bench.refused("seethrough prepare -f raw disk.raw --reserve x=partition:1");
+        assert!(said.contains("holds the filesystem"), "{said}");
+        let base = fs::read(bench.path("disk.raw")).unwrap();
+        bench.run("seethrough create -b disk.raw -F raw --region local --region scratch tom.qcow2");
+        bench.run("seethrough create -b disk.raw -F raw --region scratch ann.qcow2");
+        for child in ["tom", "ann"] {
+            bench.run(&format!("qemu-img check {child}.qcow2"));
+            bench.run(&format!(
+                "seethrough flatten -O raw {child}.qcow2 {child}.raw"
+            ));
+            let flat = fs::read(bench.path(&format!("{child}.raw"))).unwrap();
+            let end = usize::try_from(65 * MIB).unwrap();
+            fs::write(bench.path("fs.raw"), &flat[1 << 20..end]).unwrap();
+            bench.assert_clean("fs.raw");
+            assert!(flat[..1 << 20] == base[..1 << 20], "the partition table");
+            assert!(flat[end..] == base[end..], "the other partition");
+        }
+        assert!(fs::read(bench.path("disk.raw")).unwrap() == base, "{table}");
+    }
+}
