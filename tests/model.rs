@@ -60,7 +60,7 @@ fn run_seed(shape: &Shape, seed: u64) {
         if rng.random_range(0..20) == 0 {
             block_on(image.flush()).unwrap();
             drop(image);
-            image = chain.open_yielding(seed + 1);
+            image = chain.open_yielding(seed + 2);
         }
         one_batch(&image, &mut chain, &mut rng);
     }

@@ -125,6 +125,13 @@ impl Qcow2 {
         })
     }
 
+    /// Bounds the memory for L2 tables, and that for refcount blocks, to about `bytes` each. What is dirty beyond it
+    /// is written back before it goes.
+    pub fn set_metadata_cache(&self, bytes: u64) {
+        self.l2.set_limit(bytes);
+        self.allocator.blocks.set_limit(bytes);
+    }
+
     /// Changes the header's fixed fields, on disk and in memory: one write within one sector.
     ///
     /// # Errors

@@ -128,6 +128,12 @@ impl TableCache {
         }
     }
 
+    /// Bounds the cache to about `bytes`, and to no less than two slices, from the next load on.
+    pub(super) fn set_limit(&self, bytes: u64) {
+        let slices = to_usize(bytes / self.slice_size).max(2);
+        self.limit.store(slices, Ordering::Relaxed);
+    }
+
     /// Bytes of a slice.
     pub(super) fn slice_size(&self) -> u64 {
         self.slice_size
