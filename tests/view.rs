@@ -18,6 +18,8 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use bed::{Bed, ID, Kernel, Recipe, can_mount, dump, local, make_disk, run};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use seethrough::error::{Error, ErrorKind};
 use seethrough::ext4::layout::Kind;
 use seethrough::image::{Image, Mapped};
@@ -457,6 +459,31 @@ fn a_foreign_block_of_attributes_reads_as_shared_to_the_full_once_its_inode_was_
     let error = write(&child.view, at as u64, &served).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Refused);
     assert!(read(&bed.base_view(), at as u64, 4096) == stored[at..at + 4096]);
+}
+
+#[test]
+fn what_is_read_does_not_depend_on_where_requests_begin_and_end() {
+    let seed = rand::random::<u64>();
+    eprintln!("seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    for recipe in &RECIPES[..3] {
+        let bed = Bed::new(recipe);
+        let child = bed.child("tom");
+        dump(&child.view);
+        let whole = dump(&child.view);
+        // Most of what is composed lies in front.
+        for _ in 0..500 {
+            let reach = [16 << 10, 1 << 20, whole.len()][random.random_range(0..3)] / 512;
+            let first = random.random_range(0..reach);
+            let len = random.random_range(1..200).min(whole.len() / 512 - first);
+            let (at, len) = (first * 512, len * 512);
+            assert!(
+                read(&child.view, at as u64, len) == whole[at..at + len],
+                "{len} bytes at {at}, {}",
+                recipe.name
+            );
+        }
+    }
 }
 
 #[test]

@@ -154,3 +154,57 @@ impl Iterator for Pieces<'_> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::territory::{Area, Owner, Side};
+
+    /// Bytes 100 to 200 are this child's, 200 to 300 another's, 400 to 500 this one's; the rest is the base's.
+    fn territory() -> Territory {
+        let area = |start, owner| Area {
+            start: GuestOffset(start),
+            end: GuestOffset(start + 100),
+            owner,
+        };
+        let areas = vec![
+            area(400, Owner::Own),
+            area(100, Owner::Own),
+            area(200, Owner::Foreign),
+        ];
+        Territory::new(Side::Child, None, areas)
+    }
+
+    fn cut(at: u64, len: u64, route: Route) -> Vec<(u64, u64, bool)> {
+        let territory = territory();
+        Pieces::new(&territory, GuestOffset(at), len, route)
+            .map(|piece| (piece.at.0, piece.len, piece.treatment == Treatment::Through))
+            .collect()
+    }
+
+    #[test]
+    fn a_write_is_cut_where_owners_change() {
+        let whole = cut(0, 600, Route::Write);
+        let owned: Vec<_> = whole.iter().filter(|piece| piece.2).collect();
+        assert_eq!(owned, [&(100, 100, true), &(400, 100, true)]);
+        let mut at = 0;
+        for (start, len, _) in whole {
+            assert_eq!(start, at);
+            at += len;
+        }
+        assert_eq!(at, 600);
+        assert_eq!(cut(150, 20, Route::Write), [(150, 20, true)]);
+        assert_eq!(cut(199, 2, Route::Write), [(199, 1, true), (200, 1, false)]);
+    }
+
+    #[test]
+    fn what_may_be_read_as_it_is_is_one_piece() {
+        assert_eq!(cut(0, 600, Route::Read), [(0, 600, true)]);
+        assert!(cut(50, 0, Route::Read).is_empty());
+    }
+
+    #[test]
+    fn a_range_at_the_end_of_the_address_space_ends() {
+        assert_eq!(cut(u64::MAX - 1, 5, Route::Write).len(), 1);
+    }
+}
