@@ -230,7 +230,7 @@ fn inode_checksums_are_right_and_cover_every_byte() {
 }
 
 #[test]
-fn foreign_inodes_are_immutable_but_for_links_and_reserved_ones() {
+fn foreign_inodes_are_immutable_and_foreign_symlinks_take_no_more_names() {
     for recipe in RECIPES {
         let golden = Golden::make(recipe);
         let superblock = golden.superblock();
@@ -242,22 +242,26 @@ fn foreign_inodes_are_immutable_but_for_links_and_reserved_ones() {
             inode::verify(&superblock.checksums, number, &served).unwrap();
             let before = inode::Inode::parse(&stored);
             let after = inode::Inode::parse(&served);
-            let expected = match before.file_type() {
-                _ if number.0 < 11 && number.0 != 2 => 0,
-                _ if !before.is_in_use() => 0,
+            let links = before.links_count;
+            let (expected, links) = match before.file_type() {
+                _ if number.0 < 11 && number.0 != 2 => (0, links),
+                _ if !before.is_in_use() => (0, links),
                 inode::FileType::Symlink => {
                     symlinks += 1;
-                    inode::NOATIME_FL
+                    // Kernels refuse a link to it: EXT4_LINK_MAX.
+                    (inode::NOATIME_FL, 65000)
                 }
-                _ => inode::NOATIME_FL | inode::IMMUTABLE_FL,
+                _ => (inode::NOATIME_FL | inode::IMMUTABLE_FL, links),
             };
             assert_eq!(
                 after.flags,
                 before.flags | expected,
                 "{recipe:?}, inode {number}"
             );
+            assert_eq!(after.links_count, links, "{recipe:?}, inode {number}");
             let flagged = inode::Inode {
                 flags: before.flags,
+                links_count: before.links_count,
                 ..after
             };
             assert_eq!(flagged, before, "{recipe:?}, inode {number}");

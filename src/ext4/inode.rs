@@ -38,6 +38,10 @@ pub const BLOCK: usize = 0x28;
 /// Bytes of `i_block`.
 pub const BLOCK_LEN: usize = 60;
 
+/// More links than any kernel makes: one more name is refused with `EMLINK`.
+const LINK_MAX: u16 = 65000;
+
+const LINKS_COUNT: usize = 0x1a;
 const FLAGS: usize = 0x20;
 const GENERATION: usize = 0x64;
 const CHECKSUM_LO: usize = 0x7c;
@@ -88,7 +92,7 @@ impl Inode {
     pub fn parse(bytes: &[u8]) -> Self {
         Self {
             mode: le16(bytes, 0x00),
-            links_count: le16(bytes, 0x1a),
+            links_count: le16(bytes, LINKS_COUNT),
             size: split32(bytes, 0x04, 0x6c),
             dtime: le32(bytes, 0x14),
             flags: le32(bytes, FLAGS),
@@ -184,7 +188,8 @@ pub fn verify(checksums: &Checksums, inode: InodeNumber, bytes: &[u8]) -> Result
 /// Turns the record of `inode` into what a VM reads that does not own it: immutable and without access times.
 ///
 /// - A symbolic link is only marked as without access times: kernels take an immutable one for corruption. Its
-///   directory protects it.
+///   directory protects it from being removed or replaced, and a link count at its bound from getting another name
+///   (`link` fails with `EMLINK`), which would leave an entry in one VM's directory for an inode of another's.
 /// - The reserved inodes but the root, and records not in use, stay as they are.
 /// - So does a record whose checksum is wrong: sealing it again would hide the damage from the guest.
 pub fn foreign(superblock: &Superblock, inode: InodeNumber, bytes: &mut [u8]) {
@@ -192,18 +197,20 @@ pub fn foreign(superblock: &Superblock, inode: InodeNumber, bytes: &mut [u8]) {
         return;
     }
     let i_mode = le16(bytes, 0x00);
-    let i_links_count = le16(bytes, 0x1a);
+    let i_links_count = le16(bytes, LINKS_COUNT);
     if i_mode == 0 || i_links_count == 0 {
         return;
     }
-    let flags = match file_type(i_mode) {
-        FileType::Symlink => NOATIME_FL,
-        _ => IMMUTABLE_FL | NOATIME_FL,
+    let (flags, links) = match file_type(i_mode) {
+        FileType::Symlink => (NOATIME_FL, LINK_MAX),
+        _ => (IMMUTABLE_FL | NOATIME_FL, i_links_count),
     };
     let i_flags = le32(bytes, FLAGS);
-    if i_flags & flags == flags || !is_intact(&superblock.checksums, inode, bytes) {
+    let is_served_so = i_flags & flags == flags && links == i_links_count;
+    if is_served_so || !is_intact(&superblock.checksums, inode, bytes) {
         return;
     }
     put_le32(bytes, FLAGS, i_flags | flags);
+    put_le16(bytes, LINKS_COUNT, links);
     seal(&superblock.checksums, inode, bytes);
 }

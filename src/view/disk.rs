@@ -180,11 +180,13 @@ impl View {
         Ok(())
     }
 
-    /// Refuses the whole request, before anything of it is applied, if any of it is foreign data.
+    /// Refuses the whole request, before anything of it is applied, if any of it is foreign and no metadata.
     fn refuse_whole(&self, at: GuestOffset, len: u64, payload: &Payload) -> Result<()> {
         let mut refused = Pieces::new(&self.territory, at, len, Route::Write).filter_map(|piece| {
             match piece.treatment {
-                Treatment::Foreign(foreign) => Some((piece, foreign)),
+                Treatment::Foreign(foreign) if foreign.structure.answer() == Answer::Failed => {
+                    Some((piece, foreign))
+                }
                 _ => None,
             }
         });

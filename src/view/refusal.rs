@@ -47,6 +47,22 @@ impl Structure {
         Self::Disk,
     ];
 
+    /// What a guest that writes there hears once it runs.
+    ///
+    /// Backups are metadata like the structures that they copy: a kernel writes them through its journal (to relabel
+    /// a filesystem, say), and an error at the checkpoint would stop its whole filesystem.
+    #[must_use]
+    pub(super) fn answer(self) -> Answer {
+        match self {
+            Self::Data | Self::Superblock | Self::Disk => Answer::Failed,
+            Self::Backup
+            | Self::GroupDescriptor
+            | Self::BlockBitmap
+            | Self::InodeBitmap
+            | Self::Inode => Answer::Dropped,
+        }
+    }
+
     /// The kind's name in logs and metrics.
     #[must_use]
     pub fn name(self) -> &'static str {
