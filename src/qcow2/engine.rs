@@ -18,10 +18,10 @@ use super::header::{CompressionType, Header};
 use super::health::{Health, require_refcounts};
 use super::l1::L1Table;
 use super::quarantine::Retired;
-use super::range_lock::RangeLocks;
 use super::table_cache::TableCache;
 use crate::error::{Context, Result};
 use crate::image::{Access, Image};
+use crate::storage::RangeLock;
 use crate::storage::Storage;
 use crate::sys::IoBuf;
 use crate::units::{HostCluster, HostOffset};
@@ -49,9 +49,9 @@ pub struct Qcow2 {
     /// Tells when the I/O on a cluster that was freed has ended.
     pub(super) grace: Grace,
     /// Guest clusters whose L2 entries are being changed.
-    pub(super) clusters: RangeLocks,
+    pub(super) clusters: RangeLock,
     /// L1 entries whose L2 table is being made.
-    pub(super) tables: RangeLocks,
+    pub(super) tables: RangeLock,
     /// Flushes begun so far.
     pub(super) flushes_begun: AtomicU64,
     /// The number of the last flush that succeeded; locked while one is under way.
@@ -116,8 +116,8 @@ impl Qcow2 {
             l1,
             allocator,
             grace: Grace::default(),
-            clusters: RangeLocks::default(),
-            tables: RangeLocks::default(),
+            clusters: RangeLock::default(),
+            tables: RangeLock::default(),
             flushes_begun: AtomicU64::new(0),
             flushing: async_lock::Mutex::new(0),
             unlinked: Mutex::default(),

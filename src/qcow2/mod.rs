@@ -30,7 +30,6 @@ mod join;
 mod l1;
 mod mapping;
 mod quarantine;
-mod range_lock;
 mod read;
 mod refcount;
 mod room;

@@ -22,8 +22,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 
 use super::address_hash::AddressHasher;
 use super::geometry::to_usize;
-use super::range_lock::RangeLocks;
 use crate::error::Result;
+use crate::storage::RangeLock;
 use crate::storage::Storage;
 use crate::sys::IoBuf;
 use crate::units::HostOffset;
@@ -105,7 +105,7 @@ pub(super) struct TableCache {
     storage: Arc<dyn Storage>,
     slice_size: u64,
     shards: Vec<Shard>,
-    loading: RangeLocks,
+    loading: RangeLock,
     dirty: Mutex<Vec<Arc<Slice>>>,
     slices: AtomicUsize,
     limit: AtomicUsize,
@@ -120,7 +120,7 @@ impl TableCache {
             storage,
             slice_size,
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
-            loading: RangeLocks::default(),
+            loading: RangeLock::default(),
             dirty: Mutex::default(),
             slices: AtomicUsize::new(0),
             limit: AtomicUsize::new(to_usize(limit / slice_size).max(2 * SHARDS)),
@@ -187,7 +187,7 @@ impl TableCache {
         if let Some(slice) = self.cached(at) {
             return Ok(slice);
         }
-        let _loading = self.loading.acquire(at.0..at.0 + 1).await;
+        let _loading = self.loading.lock(at.0..at.0 + 1).await;
         if let Some(slice) = self.cached(at) {
             return Ok(slice);
         }

@@ -81,7 +81,7 @@ impl Qcow2 {
         let first_cluster = self.geometry.guest_cluster(at);
         let clusters = first_cluster.0..self.geometry.guest_cluster(last).0 + 1;
         // Invariant 1.
-        let _held = self.clusters.acquire(clusters).await;
+        let _held = self.clusters.lock(clusters).await;
         let (slice, first_entry) = self.own_slice(first_cluster).await?;
         let planned = slice.read(|bytes| self.plan_write(bytes, first_entry, at, buf.len()));
         let mut writes = self.judge(planned).await?;
@@ -282,7 +282,7 @@ impl Qcow2 {
         if let Some(table) = self.owned_table_at(index, cluster).await? {
             return Ok(table);
         }
-        let _held = self.tables.acquire(index as u64..index as u64 + 1).await;
+        let _held = self.tables.lock(index as u64..index as u64 + 1).await;
         if let Some(table) = self.owned_table_at(index, cluster).await? {
             return Ok(table);
         }

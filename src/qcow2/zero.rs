@@ -141,7 +141,7 @@ impl Qcow2 {
         let clusters = range.start / size..range.end.div_ceil(size);
         let mut to_write = Vec::new();
         {
-            let held = self.clusters.acquire(clusters.clone()).await;
+            let held = self.clusters.lock(clusters.clone()).await;
             let (slice, first_entry) = self.own_slice(GuestCluster(clusters.start)).await?;
             let planned = slice.read(|bytes| {
                 let mut changes = Vec::new();

@@ -17,6 +17,7 @@ pub use file::{Access, CacheMode, FileStorage};
 pub use future::IoFuture;
 pub use lock::LockRole;
 pub use memory::MemoryStorage;
+pub(crate) use range_lock::RangeLock;
 pub use seeded::Delays;
 
 use crate::sys::{HostFile, IoBuf};

@@ -1,9 +1,12 @@
-//! Locks on byte ranges that futures wait for: two that overlap are never held at once.
+//! Locks on ranges of numbers (bytes of a file, clusters, blocks) that futures wait for: two that overlap are
+//! never held at once.
 //!
 //! # Invariants
 //!
 //! 1. No two held ranges overlap.
 //! 2. Whoever asked first for overlapping ranges gets its range first: nobody starves.
+//!
+//! A range may be held across I/O. The mutex in here is held for list operations only.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -12,9 +15,9 @@ use std::pin::Pin;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-/// The byte ranges of one file that are locked or waited for.
+/// The ranges of one kind of number that are locked or waited for.
 #[derive(Debug, Default)]
-pub(super) struct RangeLock {
+pub(crate) struct RangeLock {
     /// Oldest first. Those that do not overlap an older one are held.
     claims: Mutex<Claims>,
 }
@@ -34,7 +37,7 @@ struct Claim {
 
 /// A range that is held (or, before [`RangeLock::lock`] is ready, waited for); dropping it lets others go on.
 #[derive(Debug)]
-pub(super) struct RangeGuard<'a> {
+pub(crate) struct RangeGuard<'a> {
     lock: &'a RangeLock,
     id: u64,
 }
@@ -45,7 +48,7 @@ impl RangeLock {
     }
 
     /// Takes its place in the queue for `range` at once, and is ready when the range is held.
-    pub(super) fn lock(&self, range: Range<u64>) -> Locking<'_> {
+    pub(crate) fn lock(&self, range: Range<u64>) -> Locking<'_> {
         let mut claims = self.claims();
         let id = claims.next_id;
         claims.next_id += 1;
@@ -83,7 +86,7 @@ impl Drop for RangeGuard<'_> {
 
 /// The wait for a range.
 #[must_use = "the range is held once this has been awaited"]
-pub(super) struct Locking<'a>(Option<RangeGuard<'a>>);
+pub(crate) struct Locking<'a>(Option<RangeGuard<'a>>);
 
 impl<'a> Future for Locking<'a> {
     type Output = RangeGuard<'a>;

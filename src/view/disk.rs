@@ -7,13 +7,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::block_locks::BlockLocks;
 use super::refusal::{Answer, Operation, Refusal, Refusals};
 use super::route::{Pieces, Route, Treatment};
 use super::territory::{Filesystem, Territory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Allocation, Image, ImageFuture, Limits, Mapped};
-use crate::storage::ZeroMode;
+use crate::storage::{RangeLock, ZeroMode};
 use crate::sys::IoBuf;
 use crate::units::GuestOffset;
 
@@ -25,7 +24,9 @@ pub struct View {
     pub(super) truth: Arc<dyn Image>,
     pub(super) territory: Territory,
     pub(super) refusals: Arc<Refusals>,
-    pub(super) locks: BlockLocks,
+    /// Blocks of the filesystem whose records are being exchanged: two writes under way at once would lose one
+    /// another's, since a block is read, changed and written back.
+    pub(super) shared_blocks: RangeLock,
     /// Whether the guest still has to replay its journal: see [`super::session`].
     pub(super) recovering: AtomicBool,
 }
@@ -76,7 +77,7 @@ impl View {
             truth,
             territory,
             refusals,
-            locks: BlockLocks::new(),
+            shared_blocks: RangeLock::default(),
             recovering: AtomicBool::new(false),
         };
         view.start_session().await?;

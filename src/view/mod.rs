@@ -23,11 +23,10 @@
 //! 4. What the base stores is true: its own e2fsck finds nothing amiss. Only its view shows groups as full.
 //! 5. A block that serves several owners is classified by the group that it *serves*, not by the group it lies in.
 //!
-//! Lock order: a task holds at most one lock of [`block_locks`], across the I/O of one block; nothing else is
+//! Lock order: a task locks at most one shared block, across the I/O of that block; nothing else is
 //! locked under it but the lists of the layers below.
 
 mod attribute_blocks;
-mod block_locks;
 mod changes;
 mod compose;
 pub mod declaration;

@@ -95,7 +95,10 @@ impl View {
         operation: Operation,
     ) -> Result<()> {
         let block = filesystem.block_at(piece.at);
-        let _writer = self.locks.lock(block).await;
+        let _writer = self
+            .shared_blocks
+            .lock(block.0..block.0.saturating_add(1))
+            .await;
         let shared = self.shared_block(filesystem, what, block).await?;
         let mut written = shared.served.clone();
         written[filesystem.within_block(piece)].copy_from_slice(bytes);

@@ -14,8 +14,8 @@ use std::sync::atomic::AtomicBool;
 
 use flush::Flushes;
 
+use super::RangeLock;
 use super::future::Doing;
-use super::range_lock::RangeLock;
 use super::{IoFuture, LockRole, Storage, ZeroMode, lock};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{self, FileId, HostFile, IoBuf};
