@@ -170,11 +170,8 @@ pub fn full(superblock: &Superblock, group: BlockGroup, locations: Locations, by
         free_blocks_count: 0,
         free_inodes_count: 0,
         used_dirs_count: 0,
-        flags: if checksums.covers_descriptors() {
-            INODE_ZEROED
-        } else {
-            0
-        },
+        // Even where nothing else uses the flags: a kernel sets this one on descriptors that lack it.
+        flags: INODE_ZEROED,
         block_bitmap_csum: superblock.full_block_bitmap_csum,
         inode_bitmap_csum: superblock.full_inode_bitmap_csum,
         itable_unused: 0,
