@@ -10,6 +10,7 @@ use tempfile::TempDir;
 
 use super::backend::Backend;
 use super::guest::{Disk, Guest, GuestConfig};
+use super::narration;
 use super::oracle::{self, Ext4, Layout, Tolerated};
 
 const MIB: u64 = 1 << 20;
@@ -233,6 +234,7 @@ impl Family {
     /// Runs `seethrough` in the family's directory; it must succeed. Returns its standard output.
     pub fn seethrough_ok<S: AsRef<str>>(&self, arguments: &[S]) -> String {
         let arguments: Vec<&str> = arguments.iter().map(AsRef::as_ref).collect();
+        narration::command("$", &format!("seethrough {}", arguments.join(" ")));
         let output = Command::new(env!("CARGO_BIN_EXE_seethrough"))
             .args(&arguments)
             .current_dir(self.dir.path())
@@ -284,6 +286,11 @@ impl Family {
             ));
             sockets.push(socket);
         }
+        let here = format!("{}/", self.dir.path().display());
+        narration::command(
+            "$",
+            &format!("seethrough {} &", arguments.join(" ").replace(&here, "")),
+        );
         self.daemon = Some(Backend::seethrough(arguments, &sockets));
     }
 
@@ -319,7 +326,8 @@ impl Family {
         guest
     }
 
-    fn start_boot(&self, member: &str) -> Guest {
+    /// Starts the VM of a member without waiting for its shell; its first command does.
+    pub fn start_boot(&self, member: &str) -> Guest {
         let disks = vec![Disk::VhostUser(self.socket(member)), Disk::Share];
         Guest::start_boot(&GuestConfig::new(member, self.dir.path(), disks))
     }

@@ -224,6 +224,16 @@ impl Guest {
         }
     }
 
+    /// Takes in the rest of what a guest without a disk or without power has printed: kills it, and returns the
+    /// output of the script that was running.
+    pub fn kill_and_read(mut self) -> String {
+        self.qemu.kill().expect("QEMU can be killed");
+        self.qemu.wait().expect("QEMU can be waited for");
+        let deadline = Instant::now() + COMMAND_DEADLINE;
+        while self.try_receive(deadline) {}
+        String::from_utf8_lossy(&self.received).into_owned()
+    }
+
     /// Unmounts what is mounted from disks, powers off and waits for QEMU's end.
     pub fn shutdown(mut self) {
         self.ok("cd /; for at in $(grep ^/dev/vd /proc/mounts | cut -d ' ' -f 2 | sort -r); do umount $at || exit 1; done");

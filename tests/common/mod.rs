@@ -8,6 +8,7 @@
 //! - [`Backend`]: the daemon, or any other vhost-user back-end;
 //! - [`Family`]: a base image, its children, their daemon, and the checks that follow every scenario;
 //! - [`oracle`]: what stock tools say;
+//! - [`narration`]: shows what runs, for the demo;
 //! - [`guests_available`]: whether this machine can run guests at all.
 
 // Each test binary includes this module and uses a part of it.
@@ -18,6 +19,7 @@
 mod backend;
 mod family;
 mod guest;
+pub mod narration;
 pub mod oracle;
 mod requirements;
 

@@ -217,6 +217,7 @@ pub struct Layout {
     pub block_size: u64,
     pub groups: Vec<Group>,
     pub inodes_per_group: u64,
+    pub descriptor_size: u64,
     /// The superblock, the descriptor table and their reserve, in group 0.
     pub global: RangeInclusive<u64>,
     pub journal: Vec<RangeInclusive<u64>>,
@@ -231,6 +232,11 @@ impl Layout {
         };
         let (_, groups) = text.split_once("\n\n").expect("dumpe2fs prints groups");
         Layout {
+            descriptor_size: if text.contains("Group descriptor size:") {
+                field("Group descriptor size:")
+            } else {
+                32
+            },
             block_size: field("Block size:"),
             inodes_per_group: field("Inodes per group:"),
             groups: split_groups(groups)
@@ -281,6 +287,11 @@ impl Layout {
             kept.push(at..=*range.end());
         }
         kept
+    }
+
+    /// The first block of the descriptor table, right after the superblock's.
+    pub fn first_descriptor_block(&self) -> u64 {
+        self.global.start() + 1
     }
 
     /// The group that an inode belongs to.
