@@ -1,0 +1,277 @@
+//! Scenarios 4, 5 and 6: VMs write side by side, and each sees what it should: the base's files through the
+//! overlay, its own, and nobody else's.
+
+mod common;
+
+use common::oracle::Ext4;
+use common::{Family, Filesystem, Guest, guests_available};
+
+/// Writes files of many sizes, with contents that tell who wrote them.
+fn write_files(place: &str, author: &str, count: usize) -> String {
+    format!(
+        r#"
+        set -e
+        mkdir -p {place}
+        for i in $(seq {count}); do
+            yes "{author} $i" | head -c $((i * 97 % 30000 + 1)) > {place}/{author}-$i
+        done
+        sync
+        "#
+    )
+}
+
+/// Whether what [`write_files`] wrote is there, byte for byte.
+fn has_files(place: &str, author: &str, count: usize) -> String {
+    format!(
+        r#"
+        [ $(ls {place} | grep -c '^{author}-') = {count} ] || {{ echo "not {count} files"; exit 1; }}
+        for i in $(seq {count}); do
+            yes "{author} $i" | head -c $((i * 97 % 30000 + 1)) | cmp - {place}/{author}-$i || exit 1
+        done
+        "#
+    )
+}
+
+fn remount(family: &Family, guest: &mut Guest) {
+    guest.ok(&format!("umount /mnt && {}", family.mount()));
+}
+
+/// Which inode owns a block, by `debugfs`; `None` when the block is free.
+fn owner_of_block(filesystem: &Ext4, block: u64) -> Option<u64> {
+    let answer = filesystem.debugfs(&format!("icheck {block}"));
+    let line = answer.lines().nth(1).expect("debugfs answers");
+    line.split_whitespace()
+        .nth(1)
+        .expect("debugfs names an inode")
+        .parse()
+        .ok()
+}
+
+/// Section 2.2 of seed 000. Block 1050 and the inodes that share a block were where two writers met; now the
+/// base uses block 1050, the child blocks and inodes of its own groups, and both read what they should.
+#[test]
+fn scenario_4_no_block_or_inode_is_used_by_two_writers() {
+    if !guests_available() {
+        return;
+    }
+    let mut family = Family::base_and_tom(Filesystem::SEED);
+    assert_eq!(
+        owner_of_block(&family.base_filesystem(), 1050),
+        None,
+        "block 1050 is not free at first"
+    );
+
+    family.serve();
+    let mut base = family.boot_mounted("base");
+    let mut tom = family.boot_mounted("tom");
+    // In turns, and file by file: the order in which the hazards arose, and its reverse.
+    for round in 1..=4 {
+        tom.ok(&write_files(
+            &format!("/mnt/local/round-{round}"),
+            "snapshot_1050",
+            20,
+        ));
+        base.ok(&write_files(
+            &format!("/mnt/round-{round}"),
+            "base_1050",
+            20,
+        ));
+    }
+    // One more file of the base's, of all its other blocks: block 1050 is among them.
+    base.ok("echo 0 > /sys/fs/ext4/vda/reserved_clusters");
+    base.fails(
+        "yes base_1050 | dd of=/mnt/base_1050 bs=1M iflag=fullblock",
+        "No space left on device",
+    );
+    base.ok("sync");
+    let base_inodes = inodes(&mut base, "/mnt/round-1 /mnt/round-4");
+    let tom_inodes = inodes(&mut tom, "/mnt/local/round-1 /mnt/local/round-4");
+    base.shutdown();
+
+    remount(&family, &mut tom);
+    for round in 1..=4 {
+        tom.ok(&has_files(
+            &format!("/mnt/local/round-{round}"),
+            "snapshot_1050",
+            20,
+        ));
+        tom.ok(&has_files(&format!("/mnt/round-{round}"), "base_1050", 20));
+    }
+    tom.ok("yes base_1050 | head -c $(stat -c %s /mnt/base_1050) | cmp - /mnt/base_1050");
+    tom.shutdown();
+    family.stop();
+
+    let filesystem = family.base_filesystem();
+    let layout = filesystem.layout();
+    assert!(
+        owner_of_block(&filesystem, 1050).is_some(),
+        "the base does not use block 1050"
+    );
+    let own = |inode: &u64| {
+        family
+            .filesystem
+            .reserved()
+            .contains(&layout.group_of_inode(*inode))
+    };
+    assert!(
+        !base_inodes.iter().any(own),
+        "the base uses inodes of the child's groups: {base_inodes:?}"
+    );
+    assert!(
+        tom_inodes.iter().all(own),
+        "the child uses inodes of the base's groups: {tom_inodes:?}"
+    );
+    let flat = family.flattened("tom");
+    for block in blocks_of_file(&flat, "/local/round-1/snapshot_1050-20") {
+        assert!(
+            family
+                .filesystem
+                .reserved()
+                .any(|group| layout.groups[group].blocks.contains(&block)),
+            "the child uses block {block}"
+        );
+    }
+    family.finish();
+}
+
+fn inodes(guest: &mut Guest, places: &str) -> Vec<u64> {
+    let text = guest.ok(&format!("find {places} -exec stat -c %i {{}} +"));
+    text.lines()
+        .map(|line| line.parse().expect("an inode number"))
+        .collect()
+}
+
+fn blocks_of_file(filesystem: &Ext4, path: &str) -> Vec<u64> {
+    let text = filesystem.debugfs(&format!("blocks {path}"));
+    text.split_whitespace()
+        .map(|word| word.parse().expect("a block number"))
+        .collect()
+}
+
+/// What the base adds, rewrites and removes, a child sees after a remount; and again.
+fn child_sees_the_bases_updates(filesystem: Filesystem) {
+    if !guests_available() {
+        return;
+    }
+    let mut family = Family::base_and_tom(filesystem);
+    family.serve();
+    let mut base = family.boot_mounted("base");
+    let mut tom = family.boot_mounted("tom");
+    tom.ok(&write_files("/mnt/local", "tom", 50));
+
+    base.ok(&write_files("/mnt/usr", "first", 100));
+    base.ok(
+        "echo one > /mnt/version; mkdir -p /mnt/deep/er/still; echo deep > /mnt/deep/er/still/file",
+    );
+    base.ok("sync && umount /mnt");
+    remount(&family, &mut tom);
+    tom.ok(&has_files("/mnt/usr", "first", 100));
+    assert_eq!(
+        tom.ok("cat /mnt/version /mnt/deep/er/still/file"),
+        "one\ndeep"
+    );
+    tom.ok(&has_files("/mnt/local", "tom", 50));
+
+    tom.ok(&write_files("/mnt/local", "again", 50));
+    base.ok(&family.mount());
+    base.ok(&write_files("/mnt/usr", "second", 100));
+    base.ok("rm /mnt/usr/first-*; echo two > /mnt/version; mv /mnt/deep /mnt/moved");
+    base.ok("sync && umount /mnt");
+    remount(&family, &mut tom);
+    tom.ok(&has_files("/mnt/usr", "second", 100));
+    assert_eq!(tom.ok("ls /mnt/usr | grep -c first || true"), "0");
+    assert_eq!(
+        tom.ok("cat /mnt/version /mnt/moved/er/still/file"),
+        "two\ndeep"
+    );
+    tom.fails("ls /mnt/deep", "No such file or directory");
+    tom.ok(&has_files("/mnt/local", "tom", 50));
+    tom.ok(&has_files("/mnt/local", "again", 50));
+    base.shutdown();
+    tom.shutdown();
+    family.finish();
+}
+
+#[test]
+fn scenario_5_child_sees_the_bases_updates_after_a_remount() {
+    child_sees_the_bases_updates(Filesystem::DEFAULTS);
+}
+
+#[test]
+fn scenario_5_child_sees_the_bases_updates_with_4k_blocks() {
+    child_sees_the_bases_updates(Filesystem::BLOCKS_4K);
+}
+
+#[test]
+fn scenario_5_child_sees_the_bases_updates_without_a_journal() {
+    child_sees_the_bases_updates(Filesystem::SEED);
+}
+
+/// Section 4.2.4 of seed 000: a file's content refreshes once the caches are dropped, without a remount.
+#[test]
+fn scenario_5_content_refreshes_after_dropping_caches() {
+    if !guests_available() {
+        return;
+    }
+    let mut family = Family::base_and_tom(Filesystem::DEFAULTS);
+    family.serve();
+    let mut base = family.boot_mounted("base");
+    base.ok("yes old | head -c 100000 > /mnt/file; sync");
+    let mut tom = family.boot_mounted("tom");
+    tom.ok("yes old | head -c 100000 | cmp - /mnt/file; echo own > /mnt/local/own");
+    for content in ["new", "hot"] {
+        base.ok(&format!(
+            "yes {content} | head -c 100000 | dd of=/mnt/file conv=notrunc,fsync bs=4k"
+        ));
+        tom.ok("sync; echo 3 > /proc/sys/vm/drop_caches");
+        tom.ok(&format!("yes {content} | head -c 100000 | cmp - /mnt/file"));
+        assert_eq!(tom.ok("cat /mnt/local/own"), "own");
+    }
+    base.shutdown();
+    tom.shutdown();
+    family.finish();
+}
+
+#[test]
+fn scenario_6_siblings_write_at_once_and_do_not_see_each_other() {
+    if !guests_available() {
+        return;
+    }
+    let mut family = Family::base_tom_and_ann(Filesystem::DEFAULTS);
+    family.serve();
+    let mut base = family.boot_mounted("base");
+    let mut tom = family.boot_mounted("tom");
+    let mut ann = family.boot_mounted("ann");
+    // The same names, so that nothing but the contents tells them apart.
+    let same_names = |author: &str| {
+        format!(
+            r#"set -e
+            for i in $(seq 300); do yes "{author} $i" | head -c $((i * 61 % 20000 + 1)) > /mnt/local/file-$i; done
+            sync"#
+        )
+    };
+    let has_own = |author: &str| {
+        format!(
+            r#"[ "$(ls /mnt/local | wc -l)" = 300 ] || exit 1
+            for i in $(seq 300); do
+                yes "{author} $i" | head -c $((i * 61 % 20000 + 1)) | cmp - /mnt/local/file-$i || exit 1
+            done"#
+        )
+    };
+    tom.start(&same_names("tom"));
+    ann.start(&same_names("ann"));
+    assert_eq!(tom.wait().status, 0);
+    assert_eq!(ann.wait().status, 0);
+    for _ in 0..2 {
+        tom.ok(&has_own("tom"));
+        ann.ok(&has_own("ann"));
+        assert_eq!(base.ok("ls /mnt/local"), "");
+        for guest in [&mut tom, &mut ann, &mut base] {
+            remount(&family, guest);
+        }
+    }
+    for guest in [tom, ann, base] {
+        guest.shutdown();
+    }
+    family.finish();
+}
