@@ -369,6 +369,8 @@ fn scenario_7_honest_changes_of_foreign_symbolic_links_do_no_harm() {
         "chown -hR 1000:1000 /mnt/victims",
         "Operation not permitted",
     );
+    // A name in an own directory for an inode that is not: what immutability forbids for files.
+    tom.fails("ln /mnt/victims/link /mnt/local/linked", "Too many links");
     tom.ok("cp -a /mnt/victims /mnt/local/copy; chown -hR 1000:1000 /mnt/local/copy; sync");
     still_writable(&mut tom, "first");
     tom.ok(&format!("umount /mnt && {}", family.mount()));
