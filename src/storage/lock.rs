@@ -153,6 +153,7 @@ fn type_of(constant: libc::c_int) -> libc::c_short {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
+    use std::os::fd::AsFd;
 
     use super::*;
 
@@ -203,10 +204,13 @@ mod tests {
     }
 
     #[test]
-    fn closing_the_file_unlocks_it() {
+    fn closing_the_file_unlocks_it_whoever_has_inherited_its_descriptor() {
         let (first, second) = open_twice();
         lock(&first, "disk", LockRole::Writer).unwrap();
+        // As a process has it that is being started, until it runs its program.
+        let inherited = first.as_fd().try_clone_to_owned().unwrap();
         drop(first);
         lock(&second, "disk", LockRole::Writer).unwrap();
+        drop(inherited);
     }
 }

@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use nix::fcntl::{FcntlArg, fcntl};
+
 use super::op::Call;
 use super::{IoBuf, RingOp};
 use crate::units::HostOffset;
@@ -19,6 +21,24 @@ struct Inner {
     fd: OwnedFd,
     alignment: u32,
     len: AtomicU64,
+}
+
+impl Drop for Inner {
+    /// Gives up the locks of the open file now. Closing alone would leave them to every process that has inherited the
+    /// descriptor: one that this process is just starting has it until it runs its own program.
+    fn drop(&mut self) {
+        let whole_file = libc::flock {
+            l_type: libc::c_short::try_from(libc::F_UNLCK)
+                .expect("a constant of fcntl(2) is small"),
+            l_whence: libc::c_short::try_from(libc::SEEK_SET)
+                .expect("a constant of fcntl(2) is small"),
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        // A file that cannot be locked has no locks to give up.
+        let _ = fcntl(&self.fd, FcntlArg::F_OFD_SETLK(&whole_file));
+    }
 }
 
 impl HostFile {
