@@ -78,7 +78,7 @@ fn scenario_4_no_block_or_inode_is_used_by_two_writers() {
         ));
     }
     // One more file of the base's, of all its other blocks: block 1050 is among them.
-    base.ok("echo 0 > /sys/fs/ext4/vda/reserved_clusters");
+    base.ok("mount -o remount,nodelalloc /mnt; echo 0 > /sys/fs/ext4/vda/reserved_clusters");
     base.fails(
         "yes base_1050 | dd of=/mnt/base_1050 bs=1M iflag=fullblock",
         "No space left on device",
