@@ -324,7 +324,7 @@ impl<'a> Kernel<'a> {
 
     /// Unmounts, and writes to the disk what has changed, a block at a time.
     pub(crate) fn unmount(self) -> Vec<u8> {
-        run("umount", &[self.mount.to_str().unwrap()]);
+        unmount(self.mount.to_str().unwrap());
         let after = fs::read(&self.copy).unwrap();
         let block = block_size(&after, self.start);
         for (index, (old, new)) in self
@@ -341,6 +341,19 @@ impl<'a> Kernel<'a> {
         block_on(self.image.flush()).unwrap();
         after
     }
+}
+
+/// Unmounts. A program that another test is just starting has this process's files open until it runs, those below the
+/// mount among them, so the kernel may call the mount busy for a moment: as often as that, it is asked again.
+fn unmount(mount: &str) {
+    const TRIES: usize = 1000;
+    for _ in 0..TRIES {
+        match try_run("umount", &[mount]) {
+            (Some(0), _) => return,
+            (_, text) => assert!(text.contains("busy"), "umount {mount}:\n{text}"),
+        }
+    }
+    panic!("{mount} is still busy after {TRIES} tries");
 }
 
 /// The filesystem's block size.
