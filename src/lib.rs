@@ -19,8 +19,9 @@
 //! copy-on-write, compressed clusters, composed blocks) is a future on the worker's own executor, so
 //! that a miss never blocks another request.
 //!
-//! Imports point down this list only: `cli` → `vhost_user` → `virtio_blk` → `view` → `chain` →
-//! {`qcow2`, `ext4`, `partition`} → `image` → `storage` → `sys`. [`units`], [`error`] and [`metrics`] are leaves.
+//! Imports point down this list only: `cli` → `vhost_user` → `virtio_blk` → `view` → `jobs` → `chain` →
+//! {`qcow2`, `ext4`, `partition`} → `image` → `storage` → `sys`. [`units`], [`error`], [`metrics`] and [`progress`] are
+//! leaves.
 //! Modules of one layer do not know each other.
 
 pub mod chain;
@@ -28,8 +29,10 @@ pub mod cli;
 pub mod error;
 pub mod ext4;
 pub mod image;
+pub mod jobs;
 pub mod metrics;
 pub mod partition;
+pub mod progress;
 pub mod qcow2;
 pub mod storage;
 pub mod sys;

@@ -10,13 +10,14 @@ const LAYERS: &[&[&str]] = &[
     &["vhost_user"],
     &["virtio_blk"],
     &["view"],
+    &["jobs"],
     &["chain"],
     &["qcow2", "ext4", "partition"],
     &["image"],
     &["storage"],
     &["sys"],
 ];
-const LEAVES: &[&str] = &["units", "error", "metrics"];
+const LEAVES: &[&str] = &["units", "error", "metrics", "progress"];
 
 /// Lines in a file without its unit tests.
 const MAX_FILE_LINES: usize = 600;

@@ -6,3 +6,4 @@ pub mod format;
 pub mod host;
 pub mod inspect;
 pub mod registry;
+pub mod single;

@@ -1,7 +1,7 @@
 //! The command line: clap types, and one file per verb.
 //!
-//! To add a verb: a file with its arguments (`#[derive(clap::Args)]`) and their `run`, and its name in
-//! [`verbs!`] below.
+//! To add a verb: a file with its arguments (`#[derive(clap::Args)]`) and their `run`, which returns nothing or an
+//! exit code of its own, and its name in [`verbs!`] below.
 //!
 //! VMMs start a vhost-user back-end with options alone, so `serve` may be left out: arguments that begin with an
 //! option are `serve`'s.
@@ -10,6 +10,7 @@ mod create_child;
 mod disks;
 pub mod options;
 pub mod output;
+pub mod progress;
 pub mod vm_options;
 
 use std::ffi::OsString;
@@ -28,6 +29,23 @@ const GLOBAL_OPTIONS: &[&str] = &["-h", "--help", "-V", "--version"];
 const FAILURE: u8 = 1;
 const USAGE: u8 = 2;
 
+/// What a verb that succeeded comes to.
+trait Outcome {
+    fn code(self) -> ExitCode;
+}
+
+impl Outcome for () {
+    fn code(self) -> ExitCode {
+        ExitCode::SUCCESS
+    }
+}
+
+impl Outcome for ExitCode {
+    fn code(self) -> ExitCode {
+        self
+    }
+}
+
 macro_rules! verbs {
     ($($(#[$doc:meta])* $name:ident in $module:ident;)*) => {
         $(pub mod $module;)*
@@ -38,9 +56,9 @@ macro_rules! verbs {
         }
 
         impl Verb {
-            fn run(self) -> Result<()> {
+            fn run(self) -> Result<ExitCode> {
                 match self {
-                    $(Self::$name(arguments) => arguments.run(),)*
+                    $(Self::$name(arguments) => arguments.run().map(Outcome::code),)*
                 }
             }
         }
@@ -83,9 +101,9 @@ pub fn main() -> ExitCode {
     exit(arguments.verb.run())
 }
 
-fn exit(result: Result<()>) -> ExitCode {
+fn exit(result: Result<impl Outcome>) -> ExitCode {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(outcome) => outcome.code(),
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("seethrough: {error}");

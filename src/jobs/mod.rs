@@ -1,0 +1,4 @@
+//! Jobs on whole images, as the verbs of the command line do them: what lies where in a chain, copies,
+//! comparisons, figures.
+//!
+//! A job takes open images and a [`crate::progress::Progress`]; it prints nothing and knows no arguments.
