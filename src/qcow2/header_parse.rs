@@ -10,6 +10,7 @@ use super::header::{
     MAX_REFCOUNT_TABLE_BYTES, V2_LENGTH, V3_LENGTH, Version,
 };
 use super::header_extension::HeaderExtensions;
+use super::snapshot_table::{FIXED_LENGTH, MAX_SNAPSHOTS};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::HostOffset;
 
@@ -19,10 +20,6 @@ const CLUSTER_BITS: RangeInclusive<u32> = 9..=21;
 const MIN_EXTENDED_L2_CLUSTER_BITS: u32 = 14;
 /// Refcounts are 1 to 64 bits wide.
 const MAX_REFCOUNT_ORDER: u32 = 6;
-/// The most snapshots, as in stock QEMU.
-const MAX_SNAPSHOTS: u32 = 65536;
-/// Bytes of the fixed part of an entry of the snapshot table.
-const SNAPSHOT_ENTRY: u64 = 40;
 
 impl Header {
     /// Reads and checks the header in an image's first cluster.
@@ -142,7 +139,7 @@ impl Header {
         if refcount_table_bytes == 0 {
             return corrupt("the image has no refcount table");
         }
-        let snapshot_table_bytes = u64::from(self.nb_snapshots) * SNAPSHOT_ENTRY;
+        let snapshot_table_bytes = u64::from(self.nb_snapshots) * FIXED_LENGTH as u64;
         let tables = [
             (
                 "L1 table",
@@ -160,7 +157,7 @@ impl Header {
                 "snapshot table",
                 self.snapshots_offset,
                 snapshot_table_bytes,
-                u64::from(MAX_SNAPSHOTS) * SNAPSHOT_ENTRY,
+                u64::from(MAX_SNAPSHOTS) * FIXED_LENGTH as u64,
             ),
         ];
         for (name, offset, bytes, limit) in tables {

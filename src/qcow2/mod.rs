@@ -33,6 +33,7 @@ mod quarantine;
 mod read;
 mod refcount;
 mod room;
+pub mod snapshot_table;
 mod supported;
 mod table_cache;
 mod write;
