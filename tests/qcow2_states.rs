@@ -522,7 +522,7 @@ fn zeroes_that_keep_room_reuse_the_cluster_and_those_that_do_not_free_it() {
         Mapped::Zeroes
     ));
     let allocation = block_on(image.allocation(GuestOffset(0), 1 << 20)).unwrap();
-    assert_eq!(allocation, (Allocation::Zero, CLUSTER as u64));
+    assert_eq!(allocation, (Allocation::Zero(Some(old)), CLUSTER as u64));
     write(&image, 0, &[2; 512]).unwrap();
     let Mapped::Extent { at: new, .. } = image.map_read(GuestOffset(0), 512) else {
         panic!("mapped")

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::process::Command;
 
-const VERBS: [&str; 5] = ["serve", "prepare", "create", "flatten", "info"];
+const VERBS: &[&str] = &["serve", "prepare", "create", "flatten", "info", "map"];
 
 fn help(verb: &str) -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_seethrough"))
@@ -53,7 +53,7 @@ fn the_reference_names_the_options_that_there_are() {
 #[test]
 fn every_verb_has_its_chapter() {
     let readme = include_str!("../README.md");
-    for verb in VERBS {
+    for &verb in VERBS {
         assert!(
             readme.contains(&format!("### `seethrough {verb}")),
             "the README lacks {verb}"

@@ -18,7 +18,7 @@ use crate::sys::block_on;
 use crate::view::declared::read_declaration;
 
 use super::options::parse_format;
-use super::output;
+use super::output::{self, OutputFormat};
 
 /// Arguments of `info`.
 #[derive(clap::Args)]
@@ -42,15 +42,6 @@ pub struct Info {
     /// The image
     #[arg(value_name = "FILE")]
     file: PathBuf,
-}
-
-/// How to print.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum OutputFormat {
-    /// For people
-    Human,
-    /// For programs
-    Json,
 }
 
 impl Info {

@@ -11,6 +11,7 @@ mod disks;
 pub mod options;
 pub mod output;
 pub mod progress;
+pub mod tool;
 pub mod vm_options;
 
 use std::ffi::OsString;
@@ -70,6 +71,8 @@ verbs! {
     Create in create;
     /// Show what an image says of itself
     Info in info;
+    /// Show what holds each range of a disk
+    Map in map;
     /// Serve disks to VMs over vhost-user
     Serve in serve;
     /// Reserve parts of a base for its children

@@ -2,6 +2,7 @@
 
 use crate::chain::format::Format;
 use crate::error::{Error, ErrorKind, Result};
+use crate::storage::CacheMode;
 
 /// A size in bytes: digits, perhaps a fraction, and perhaps a suffix b, k, M, G, T, P or E in either case, which
 /// are powers of 1024. Hexadecimal digits after `0x` take no suffix.
@@ -61,6 +62,24 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 /// A sentence for clap if it is not supported.
 pub fn parse_format(name: &str) -> Result<Format, String> {
     name.parse().map_err(|error: Error| error.to_string())
+}
+
+/// A host cache mode, of those that `qemu-img` knows.
+///
+/// # Errors
+/// A sentence for clap if there is none of this name, or it is not supported.
+pub fn parse_cache(name: &str) -> Result<CacheMode, String> {
+    match name {
+        // What is unsafe to leave out is done all the same: whoever allows it loses nothing.
+        "writeback" | "unsafe" => Ok(CacheMode::Writeback),
+        "none" => Ok(CacheMode::None),
+        "writethrough" | "directsync" => Err(format!(
+            "the cache mode '{name}' is not supported: use writeback or none, after which all is flushed at the end"
+        )),
+        _ => Err(format!(
+            "there is no cache mode '{name}': use writeback or none"
+        )),
+    }
 }
 
 /// The pairs of a list `key=value,key=value`: a comma in a value is written twice, and a key alone stands for
@@ -172,5 +191,19 @@ mod tests {
         assert!(parse_switch("a", "on").unwrap());
         assert!(!parse_switch("a", "off").unwrap());
         assert!(parse_switch("a", "maybe").is_err());
+    }
+
+    #[test]
+    fn cache_modes_are_those_of_qemu_img_as_far_as_there_are_any() {
+        assert_eq!(parse_cache("none"), Ok(CacheMode::None));
+        for name in ["writeback", "unsafe"] {
+            assert_eq!(parse_cache(name), Ok(CacheMode::Writeback));
+        }
+        assert!(
+            parse_cache("directsync")
+                .unwrap_err()
+                .contains("not supported")
+        );
+        assert!(parse_cache("fast").unwrap_err().contains("no cache mode"));
     }
 }

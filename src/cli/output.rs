@@ -4,6 +4,15 @@ use std::io::{self, Write};
 
 use crate::error::{Error, Result};
 
+/// How a verb prints what it has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OutputFormat {
+    /// For people
+    Human,
+    /// For programs
+    Json,
+}
+
 /// Prints `text` as it is.
 ///
 /// # Errors

@@ -62,15 +62,36 @@ impl InFlight {
     }
 }
 
-/// What a range of a virtual disk holds in one layer of a chain.
+/// What a range of a virtual disk holds in one layer of a chain, and where in the file that
+/// [`Image::data_file`] names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Allocation {
-    /// The layer holds data.
-    Data,
-    /// The layer says that the range reads as zeros.
-    Zero,
-    /// The layer says nothing: the backing image decides, or zeros where there is none.
-    Unallocated,
+    /// The layer holds data, from this host offset on unless it lies in several places.
+    Data(Option<HostOffset>),
+    /// The layer holds data, compressed.
+    Compressed,
+    /// The layer has room for data at this host offset, where the host keeps nothing: zeros.
+    Sparse(HostOffset),
+    /// The layer says that the range reads as zeros, and may keep room for it at a host offset.
+    Zero(Option<HostOffset>),
+    /// The layer says nothing: the backing image decides, or zeros where there is none. It may keep room for the
+    /// range at a host offset.
+    Unallocated(Option<HostOffset>),
+}
+
+impl Allocation {
+    /// What the layer holds `len` bytes further on, if that is the same.
+    #[must_use]
+    pub fn after(self, len: u64) -> Self {
+        let further = |at: Option<HostOffset>| at.and_then(|at| at.checked_add(len));
+        match self {
+            Self::Data(at) => Self::Data(further(at)),
+            Self::Compressed => Self::Compressed,
+            Self::Sparse(at) => Self::Sparse(HostOffset(at.0.saturating_add(len))),
+            Self::Zero(at) => Self::Zero(further(at)),
+            Self::Unallocated(at) => Self::Unallocated(further(at)),
+        }
+    }
 }
 
 /// The sizes that a device tells its guest, all in bytes.
@@ -124,7 +145,7 @@ pub trait Image: Send + Sync {
     fn flush(&self) -> ImageFuture<'_>;
 
     /// What this layer alone, not its backing, holds at `at`, and for how many of the next `len` bytes (at least
-    /// one) the answer is the same.
+    /// one) the answer is the same. May ask the host, which blocks: not for serving a guest.
     fn allocation(&self, at: GuestOffset, len: u64) -> ImageFuture<'_, (Allocation, u64)>;
 
     /// Says that a front-end has taken the disk over, before its first request is served: whatever depends on what
@@ -138,4 +159,9 @@ pub trait Image: Send + Sync {
 
     /// The name for messages: the file's path.
     fn name(&self) -> &str;
+
+    /// The path of the file to which the host offsets of [`Image::allocation`] belong.
+    fn data_file(&self) -> &str {
+        self.name()
+    }
 }

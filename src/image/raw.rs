@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{Access, Allocation, Image, ImageFuture, InFlight, Limits, Mapped};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::{Storage, ZeroMode};
+use crate::storage::{Held, Storage, ZeroMode};
 use crate::sys::IoBuf;
 use crate::units::{GuestOffset, HostOffset, SECTOR_SIZE};
 
@@ -134,8 +134,18 @@ impl Image for RawImage {
         }
     }
 
+    /// Holes of the file are zeros with room reserved.
     fn allocation(&self, at: GuestOffset, len: u64) -> ImageFuture<'_, (Allocation, u64)> {
-        Box::pin(ready(self.range(at, len).map(|_| (Allocation::Data, len))))
+        Box::pin(ready(self.range(at, len).map(|host| {
+            let (held, same) = self.storage.held(host, len);
+            let allocation = match held {
+                Held::Data => Allocation::Data(Some(host)),
+                Held::Hole => Allocation::Zero(Some(host)),
+            };
+            // A file that ends within a sector, or a filesystem with blocks of less.
+            let end = (host.0 + same).next_multiple_of(SECTOR_SIZE);
+            (allocation, (end - host.0).min(len))
+        })))
     }
 
     fn backing(&self) -> Option<&Arc<dyn Image>> {

@@ -83,6 +83,10 @@ impl Image for ReadOnlyImage {
     fn name(&self) -> &str {
         self.image.name()
     }
+
+    fn data_file(&self) -> &str {
+        self.image.data_file()
+    }
 }
 
 #[cfg(test)]

@@ -2,3 +2,6 @@
 //! comparisons, figures.
 //!
 //! A job takes open images and a [`crate::progress::Progress`]; it prints nothing and knows no arguments.
+
+pub mod extents;
+pub mod map;

@@ -9,7 +9,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::allocator::{Allocator, Layout};
 use super::geometry::{Geometry, to_usize};
@@ -48,6 +48,8 @@ pub struct Qcow2 {
     pub(super) allocator: Allocator,
     /// Tells when the I/O on a cluster that was freed has ended.
     pub(super) grace: Grace,
+    /// Whether the host has given the file less room than its clusters need, once that is known.
+    pub(super) sparse_on_host: OnceLock<bool>,
     /// Guest clusters whose L2 entries are being changed.
     pub(super) clusters: RangeLock,
     /// L1 entries whose L2 table is being made.
@@ -116,6 +118,7 @@ impl Qcow2 {
             l1,
             allocator,
             grace: Grace::default(),
+            sparse_on_host: OnceLock::new(),
             clusters: RangeLock::default(),
             tables: RangeLock::default(),
             flushes_begun: AtomicU64::new(0),

@@ -158,16 +158,7 @@ impl Image for Qcow2 {
         Box::pin(async move {
             self.check_bounds(at, len)?;
             let _in_flight = self.grace.enter();
-            let (mapping, mut run) = self.find_read(at, len).await?;
-            let allocation = allocation_of(mapping);
-            while run < len {
-                let (next, next_run) = self.find_read(GuestOffset(at.0 + run), len - run).await?;
-                if allocation_of(next) != allocation {
-                    break;
-                }
-                run += next_run;
-            }
-            Ok((allocation, run))
+            self.find_allocation(at, len).await
         })
     }
 
@@ -177,13 +168,5 @@ impl Image for Qcow2 {
 
     fn name(&self) -> &str {
         self.storage.name()
-    }
-}
-
-fn allocation_of(mapping: ReadMapping) -> Allocation {
-    match mapping {
-        ReadMapping::Data(_) | ReadMapping::Compressed(_) => Allocation::Data,
-        ReadMapping::Zero => Allocation::Zero,
-        ReadMapping::Unallocated => Allocation::Unallocated,
     }
 }

@@ -64,7 +64,7 @@ pub(super) enum Place {
 }
 
 /// One thing, for how many bytes, that may go on with the next of its kind.
-trait Run: Copy {
+pub(super) trait Run: Copy {
     /// Whether `next` continues this one after `len` bytes.
     fn goes_on(self, len: u64, next: Self) -> bool;
 }
@@ -152,7 +152,7 @@ fn write_mapping(geometry: &Geometry, entry: L2Entry, within: u64, len: u64) -> 
 }
 
 /// Walks the entries of a slice for as long as they are one thing.
-fn walk<M: Run>(
+pub(super) fn walk<M: Run>(
     geometry: &Geometry,
     slice: &[u8],
     first_entry: usize,
@@ -277,7 +277,11 @@ impl Qcow2 {
         }
     }
 
-    fn found<M>(
+    /// The answer of a [`walk`] in the slice at `slice`, for the guest range at `at`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for a broken entry.
+    pub(super) fn found<M>(
         &self,
         found: Option<Result<(M, u64), Defect>>,
         slice: HostOffset,

@@ -10,6 +10,7 @@
 //! The crash order is in the `flush` module, the lock order in `engine`.
 
 mod address_hash;
+mod allocation;
 mod allocator;
 pub mod compressed;
 mod cow;

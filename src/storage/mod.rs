@@ -32,6 +32,15 @@ pub enum ZeroMode {
     KeepAllocated,
 }
 
+/// What the host keeps of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// Bytes, or it does not tell.
+    Data,
+    /// Nothing: the range reads as zeros.
+    Hole,
+}
+
 /// A byte-addressed store: asynchronous, shared by threads, without any order between operations that are
 /// under way at the same time.
 pub trait Storage: Send + Sync {
@@ -65,6 +74,17 @@ pub trait Storage: Send + Sync {
     /// Whether the store has no bytes.
     fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// What the host keeps at `at`, and for how many of the next `len` bytes the answer is the same: at least one,
+    /// unless `len` is 0. Blocks for as long as the host takes to look its own tables up: not for serving a guest.
+    fn held(&self, _at: HostOffset, len: u64) -> (Held, u64) {
+        (Held::Data, len)
+    }
+
+    /// Bytes that the store takes up on the host, if that is known. Blocks as [`Storage::held`].
+    fn bytes_on_host(&self) -> Option<u64> {
+        None
     }
 
     /// The granularity in bytes of offsets, lengths and memory that need no bounce buffer: 1 through the page

@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use nix::unistd::{Whence, lseek};
 
 use super::IoBuf;
 
@@ -129,4 +131,41 @@ fn probed_alignment(file: &File) -> io::Result<u32> {
         }
     }
     Ok(SAFE)
+}
+
+/// The first byte at `at` or behind that `file` holds data for; `None` if there is none. The file's position, which
+/// nothing here relies on, moves.
+///
+/// # Errors
+/// As lseek(2), if the filesystem does not tell.
+pub fn next_data(file: &impl AsFd, at: u64) -> io::Result<Option<u64>> {
+    seek(file, at, Whence::SeekData)
+}
+
+/// The first byte at `at` or behind that is in a hole of `file`, whose end counts as one; `None` behind that.
+///
+/// # Errors
+/// As [`next_data`].
+pub fn next_hole(file: &impl AsFd, at: u64) -> io::Result<Option<u64>> {
+    seek(file, at, Whence::SeekHole)
+}
+
+fn seek(file: &impl AsFd, at: u64, whence: Whence) -> io::Result<Option<u64>> {
+    let at = i64::try_from(at).map_err(io::Error::other)?;
+    match lseek(file, at, whence) {
+        Ok(found) => u64::try_from(found).map(Some).map_err(io::Error::other),
+        Err(nix::errno::Errno::ENXIO) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Bytes that `file` takes up on its filesystem.
+///
+/// # Errors
+/// As fstat(2).
+pub fn bytes_on_host(file: &impl AsFd) -> io::Result<u64> {
+    const BLOCK: u64 = 512;
+    let facts = nix::sys::stat::fstat(file)?;
+    let blocks = u64::try_from(facts.st_blocks).map_err(io::Error::other)?;
+    Ok(blocks.saturating_mul(BLOCK))
 }

@@ -14,7 +14,9 @@ mod ring;
 mod ring_op;
 
 pub use async_task::Task;
-pub use file_facts::{FileId, direct_io_alignment, identify, logical_block_size};
+pub use file_facts::{
+    FileId, bytes_on_host, direct_io_alignment, identify, logical_block_size, next_data, next_hole,
+};
 pub use host_file::{HostFile, truncate_blocking};
 pub use io_buf::IoBuf;
 pub use process::{exclude_from_core_dumps, take_inherited_fd};

@@ -272,7 +272,7 @@ impl Image for View {
     fn allocation(&self, at: GuestOffset, len: u64) -> ImageFuture<'_, (Allocation, u64)> {
         Box::pin(async move {
             self.check_bounds(at, len)?;
-            Ok((Allocation::Data, len))
+            Ok((Allocation::Data(None), len))
         })
     }
 

@@ -220,9 +220,10 @@ async fn reads_as_zeros(image: &Arc<dyn Image>, at: GuestOffset, len: u64) -> Re
         let (allocation, same) = layer.allocation(at, inside).await?;
         len = same.clamp(1, inside);
         match (allocation, layer.backing()) {
-            (Allocation::Data, _) => return Ok((false, len)),
-            (Allocation::Zero, _) | (Allocation::Unallocated, None) => return Ok((true, len)),
-            (Allocation::Unallocated, Some(backing)) => layer = backing,
+            (Allocation::Data(_) | Allocation::Compressed, _) => return Ok((false, len)),
+            (Allocation::Zero(_) | Allocation::Sparse(_), _)
+            | (Allocation::Unallocated(_), None) => return Ok((true, len)),
+            (Allocation::Unallocated(_), Some(backing)) => layer = backing,
         }
     }
 }

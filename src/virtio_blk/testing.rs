@@ -220,7 +220,7 @@ impl Image for TestImage {
     }
 
     fn allocation(&self, _at: GuestOffset, len: u64) -> ImageFuture<'_, (Allocation, u64)> {
-        Box::pin(ready(Ok((Allocation::Data, len))))
+        Box::pin(ready(Ok((Allocation::Data(None), len))))
     }
 
     fn backing(&self) -> Option<&Arc<dyn Image>> {

@@ -146,7 +146,7 @@ impl Image for TestDisk {
     }
 
     fn allocation(&self, _at: GuestOffset, len: u64) -> ImageFuture<'_, (Allocation, u64)> {
-        Box::pin(async move { Result::Ok((Allocation::Data, len)) })
+        Box::pin(async move { Result::Ok((Allocation::Data(None), len)) })
     }
 
     fn begin_session(&self) -> ImageFuture<'_> {

@@ -122,9 +122,9 @@ impl Image for TestOverlay {
             .unwrap()
             .contains_key(&(at.0 / self.block_size));
         let allocation = if known {
-            Allocation::Data
+            Allocation::Data(None)
         } else {
-            Allocation::Unallocated
+            Allocation::Unallocated(None)
         };
         let len = len.min(self.block_size - within);
         Box::pin(std::future::ready(Ok((allocation, len))))

@@ -1,9 +1,11 @@
 //! A host file or block device, read and written through io_uring.
 //!
-//! `flush` makes writes durable, `bounce` serves what direct I/O does not take as it is, `zero` frees and zeroes.
+//! `flush` makes writes durable, `bounce` serves what direct I/O does not take as it is, `zero` frees and zeroes,
+//! `held` tells holes from data.
 
 mod bounce;
 mod flush;
+mod held;
 mod zero;
 
 use std::fs::{File, OpenOptions};
@@ -16,7 +18,7 @@ use flush::Flushes;
 
 use super::RangeLock;
 use super::future::Doing;
-use super::{IoFuture, LockRole, Storage, ZeroMode, lock};
+use super::{Held, IoFuture, LockRole, Storage, ZeroMode, lock};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{self, FileId, HostFile, IoBuf};
 use crate::units::HostOffset;
@@ -198,6 +200,14 @@ impl Storage for FileStorage {
 
     fn len(&self) -> u64 {
         self.file.len()
+    }
+
+    fn held(&self, at: HostOffset, len: u64) -> (Held, u64) {
+        self.held_on_host(at, len)
+    }
+
+    fn bytes_on_host(&self) -> Option<u64> {
+        sys::bytes_on_host(&self.file).ok()
     }
 
     fn alignment(&self) -> u32 {

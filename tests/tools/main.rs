@@ -1,0 +1,7 @@
+//! The tools for whole images against the stock ones: the same images, the same answers.
+
+#[path = "../engine/mod.rs"]
+mod engine;
+
+mod bed;
+mod map;
