@@ -11,7 +11,8 @@ mod engine;
 use std::sync::Arc;
 
 use engine::workload::{
-    Operation, SHAPES, Uncertain, part_of, perform_batch, random_batch, read_range,
+    Operation, SHAPES, Uncertain, part_of, perform_batch, perform_batch_compressing, random_batch,
+    read_range,
 };
 use engine::{Allowed, Chain, Shape, check, for_each_seed, rng};
 use rand::RngExt;
@@ -55,7 +56,11 @@ fn run_workload(storage: &Arc<CrashStorage>, chain: &mut Chain, rng: &mut StdRng
             present.content.add(range, operation);
             present.begun.resize(present.content.later.len(), begun);
         }
-        let results = perform_batch(image.as_ref(), &batch, rng);
+        let results = if rng.random_bool(0.3) {
+            perform_batch_compressing(&image, &batch, rng)
+        } else {
+            perform_batch(image.as_ref(), &batch, rng)
+        };
         for ((range, operation), result) in batch.iter().zip(results) {
             result.unwrap();
             match operation {
@@ -72,7 +77,7 @@ fn run_workload(storage: &Arc<CrashStorage>, chain: &mut Chain, rng: &mut StdRng
     epochs
 }
 
-fn open(top: Arc<dyn Storage>, chain: &Chain) -> Arc<dyn Image> {
+fn open(top: Arc<dyn Storage>, chain: &Chain) -> Arc<Qcow2> {
     let opened = Qcow2::open(top, chain.open_backing(), Access::ReadWrite);
     Arc::new(block_on(opened).expect("the image opens"))
 }

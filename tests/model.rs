@@ -10,20 +10,26 @@ mod engine;
 use std::sync::Arc;
 
 use engine::workload::{
-    Operation, SHAPES, check_same, part_of, perform_batch, random_batch, read_range,
+    Operation, SHAPES, check_same, part_of, perform_batch, perform_batch_compressing, random_batch,
+    read_range,
 };
 use engine::{Allowed, Chain, Shape, for_each_seed, rng};
 use rand::RngExt;
 use rand::rngs::StdRng;
 use seethrough::image::Image;
+use seethrough::qcow2::Qcow2;
 use seethrough::storage::Storage;
 use seethrough::sys::{IoBuf, block_on};
 use seethrough::units::HostOffset;
 
 /// A few operations, all under way at the same time, on the image and on the flat disk.
-fn one_batch(image: &Arc<dyn Image>, chain: &mut Chain, rng: &mut StdRng) {
+fn one_batch(image: &Arc<Qcow2>, chain: &mut Chain, rng: &mut StdRng) {
     let batch = random_batch(rng, image.virtual_size(), &[1, 512, 512, 4096, 65536]);
-    let results = perform_batch(image.as_ref(), &batch, rng);
+    let results = if rng.random_bool(0.3) {
+        perform_batch_compressing(image, &batch, rng)
+    } else {
+        perform_batch(image.as_ref(), &batch, rng)
+    };
     for ((range, operation), result) in batch.into_iter().zip(results) {
         let found = result.unwrap_or_else(|error| panic!("{operation:?} at {range:?}: {error}"));
         let expected = part_of(&mut chain.flat, &range);

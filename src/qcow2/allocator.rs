@@ -13,6 +13,7 @@
 //! 3. A refcount block is dirty in the cache before the refcount table in memory points to it.
 //! 4. No cluster from `untouched` on was ever written: the file ends before it.
 //! 5. A cluster that holds metadata is never handed out, whatever a broken image's refcounts say.
+//! 6. `packed_to` lies inside a cluster whose refcount is not 0, behind the compressed data in it.
 //!
 //! Lock order: `state`, then the block cache's.
 
@@ -68,19 +69,21 @@ pub(super) struct CapturedSector {
 
 /// The refcounts of an image.
 pub(super) struct Allocator {
-    geometry: Geometry,
+    pub(super) geometry: Geometry,
     /// The refcount blocks.
     pub(super) blocks: TableCache,
     state: Mutex<State>,
 }
 
 /// What changes, under one lock.
-struct State {
+pub(super) struct State {
     table_at: HostOffset,
     table: Vec<u64>,
     dirty_sectors: BTreeSet<usize>,
     next: u64,
     untouched: u64,
+    /// Where compressed data may go on (`qcow2::packing`).
+    pub(super) packed_to: Option<HostOffset>,
     /// Header, L1 table, refcount table, snapshot table.
     fixed: Vec<Range<u64>>,
     /// Refcount blocks and active L2 tables.
@@ -128,13 +131,14 @@ impl Allocator {
                 dirty_sectors: BTreeSet::new(),
                 next: 0,
                 untouched: layout.file_len.div_ceil(size),
+                packed_to: None,
                 fixed,
                 tables,
             }),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -228,6 +232,7 @@ impl Allocator {
                 if left == 0 {
                     state.next = state.next.min(cluster.0);
                     state.tables.remove(&cluster.0);
+                    self.end_packing(&mut state, cluster);
                 }
                 Ok(Answer::Known(left))
             }
@@ -260,7 +265,7 @@ impl Allocator {
     }
 
     /// Calls `act` with the slice that holds a cluster's refcount, and the index in it.
-    fn with_refcount<T>(
+    pub(super) fn with_refcount<T>(
         &self,
         state: &State,
         cluster: HostCluster,

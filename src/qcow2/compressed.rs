@@ -6,14 +6,20 @@
 //! ```
 //!
 //! Pure functions: descriptors and compressed bytes come from a hostile image, and never lead to more than one
-//! cluster of output.
+//! cluster of output. Any thread may call them: [`compress`] takes the time that matters.
 
-use flate2::{Decompress, FlushDecompress, Status};
+use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 use zstd::zstd_safe;
 
 use super::header::{CompressionType, MAX_HOST_OFFSET};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{HostOffset, SECTOR_SIZE};
+
+/// The logarithm of the window of deflated data: stock QEMU's, so that every reader's window is large enough.
+const DEFLATE_WINDOW_BITS: u8 = 12;
+
+/// The compressed bit of an L2 entry.
+const COMPRESSED: u64 = 1 << 62;
 
 /// Where a compressed cluster lies in the host file: nowhere aligned, and perhaps behind the file's end with its
 /// last sector.
@@ -27,13 +33,34 @@ pub struct CompressedExtent {
 }
 
 impl CompressedExtent {
+    /// Where `len` compressed bytes lie that begin at `at`: to the end of their last sector.
+    #[must_use]
+    pub fn holding(at: HostOffset, len: u64) -> Self {
+        let end = (at.0 + len).next_multiple_of(SECTOR_SIZE);
+        Self {
+            at,
+            len: end - at.0,
+        }
+    }
+
+    /// The L2 entry that leads here; `None` where the offset or the length is beyond the entry's fields.
+    #[must_use]
+    pub fn encode(self, cluster_bits: u32) -> Option<u64> {
+        let (sectors_bits, offset_bits) = widths(cluster_bits);
+        let last_sector = (self.end().0 - 1) / SECTOR_SIZE;
+        let additional_sectors = last_sector - self.at.0 / SECTOR_SIZE;
+        let fits = self.at.0 < MAX_HOST_OFFSET
+            && self.at.0 >> offset_bits == 0
+            && additional_sectors >> sectors_bits == 0;
+        fits.then_some(COMPRESSED | additional_sectors << offset_bits | self.at.0)
+    }
+
     /// Reads the descriptor in an L2 entry that has the compressed bit.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] if the host offset needs more than 56 bits, or is 0, where the header lies.
     pub fn decode(entry: u64, cluster_bits: u32) -> Result<Self> {
-        let sectors_bits = cluster_bits - 8;
-        let offset_bits = 62 - sectors_bits;
+        let (sectors_bits, offset_bits) = widths(cluster_bits);
         let at = entry & ((1 << offset_bits) - 1);
         if at == 0 || at >= MAX_HOST_OFFSET {
             return Err(Error::new(
@@ -52,6 +79,37 @@ impl CompressedExtent {
     #[must_use]
     pub fn end(self) -> HostOffset {
         HostOffset(self.at.0 + self.len)
+    }
+}
+
+/// How many bits of an entry are the number of additional sectors, and how many the host offset.
+fn widths(cluster_bits: u32) -> (u32, u32) {
+    let sectors_bits = cluster_bits - 8;
+    (sectors_bits, 62 - sectors_bits)
+}
+
+/// Compresses a whole cluster into the beginning of `out` and returns how many bytes it takes there; `None` if it
+/// does not become smaller than the cluster, or does not fit.
+#[must_use]
+pub fn compress(
+    compression_type: CompressionType,
+    cluster: &[u8],
+    out: &mut [u8],
+) -> Option<usize> {
+    let most = out.len().min(cluster.len().checked_sub(1)?);
+    let out = out.get_mut(..most)?;
+    match compression_type {
+        CompressionType::Deflate => {
+            let level = Compression::default();
+            let mut stream = Compress::new_with_window_bits(level, false, DEFLATE_WINDOW_BITS);
+            match stream.compress(cluster, out, FlushCompress::Finish) {
+                Ok(Status::StreamEnd) => usize::try_from(stream.total_out()).ok(),
+                _ => None,
+            }
+        }
+        CompressionType::Zstd => {
+            zstd_safe::compress(out, cluster, zstd::DEFAULT_COMPRESSION_LEVEL).ok()
+        }
     }
 }
 
@@ -173,6 +231,66 @@ mod tests {
         // 2 MiB clusters: 13 bits of sectors.
         let large = CompressedExtent::decode(1 << 62 | 0x1fff << 49 | 1, 21).unwrap();
         assert_eq!((large.at, large.len), (HostOffset(1), 8192 * 512 - 1));
+    }
+
+    #[test]
+    fn descriptors_read_back_as_they_were_written_at_every_cluster_size() {
+        for cluster_bits in 9..=21 {
+            let cluster = 1u64 << cluster_bits;
+            // The first byte of cluster 1, the last before a sector and a cluster, and the last that fits.
+            let last = (1u64 << (62 - (cluster_bits - 8)).min(56)) - 1;
+            for at in [cluster, cluster + 511, 2 * cluster - 1, last] {
+                for len in [1, 2, 511, 512, 513, cluster - 1] {
+                    let extent = CompressedExtent::holding(HostOffset(at), len.min(cluster - 1));
+                    let entry = extent.encode(cluster_bits).unwrap();
+                    assert_eq!(entry >> 62, 1, "compressed, and not COPIED");
+                    let read = CompressedExtent::decode(entry, cluster_bits).unwrap();
+                    assert_eq!(read, extent, "{at:#x} {len} in clusters of {cluster}");
+                    assert!(extent.end().0.is_multiple_of(512) && extent.end().0 - 512 < at + len);
+                }
+            }
+            let beyond = CompressedExtent::holding(HostOffset(last + 1), 1);
+            assert_eq!(beyond.encode(cluster_bits), None);
+        }
+    }
+
+    #[test]
+    fn more_sectors_than_the_field_takes_have_no_descriptor() {
+        let extent = CompressedExtent::holding(HostOffset(512), 2 * 512 + 1);
+        assert_eq!(extent.encode(9), None);
+    }
+
+    #[test]
+    fn what_is_compressed_decompresses_and_what_does_not_shrink_is_not_compressed() {
+        let mut random = vec![0; CLUSTER];
+        StdRng::seed_from_u64(1).fill(&mut random[..]);
+        for compression_type in BOTH {
+            let mut out = vec![0; CLUSTER];
+            let len = compress(compression_type, &pattern(), &mut out).unwrap();
+            assert!(len < CLUSTER / 2);
+            let mut cluster = vec![0; CLUSTER];
+            decompress(compression_type, &out[..len], &mut cluster).unwrap();
+            assert!(cluster == pattern(), "{compression_type:?}");
+            assert_eq!(compress(compression_type, &random, &mut out), None);
+            let mut longer = vec![0; 2 * CLUSTER];
+            assert_eq!(compress(compression_type, &random, &mut longer), None);
+            assert_eq!(
+                compress(compression_type, &pattern(), &mut out[..len - 1]),
+                None
+            );
+            assert_eq!(compress(compression_type, &[], &mut out), None);
+        }
+    }
+
+    /// Readers may take no more memory than stock QEMU's, which has a window of 4 KiB.
+    #[test]
+    fn deflated_data_reaches_back_no_further_than_stock_readers_remember() {
+        let mut unit = vec![0; 5000];
+        StdRng::seed_from_u64(2).fill(&mut unit[..]);
+        let cluster: Vec<u8> = unit.iter().copied().cycle().take(CLUSTER).collect();
+        let mut out = vec![0; CLUSTER];
+        // It repeats itself, but only beyond the window.
+        assert_eq!(compress(CompressionType::Deflate, &cluster, &mut out), None);
     }
 
     #[test]

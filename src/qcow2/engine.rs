@@ -3,8 +3,8 @@
 //! # Lock order
 //!
 //! Waiting (held across I/O), outermost first: `clusters` (guest clusters whose entries are being changed) →
-//! `tables` (L1 entries whose table is being made) → `flushing` → `header` → loads inside a [`TableCache`]. A task
-//! holds at most one of each.
+//! `tables` (L1 entries whose table is being made) → `packing` → `flushing` → `header` → loads inside a
+//! [`TableCache`]. A task holds at most one of each.
 //! Spinning (std locks, never across an await): the allocator's → a cache shard's → a slice's → a dirty list's.
 
 use std::collections::VecDeque;
@@ -54,6 +54,8 @@ pub struct Qcow2 {
     pub(super) clusters: RangeLock,
     /// L1 entries whose L2 table is being made.
     pub(super) tables: RangeLock,
+    /// Locked while compressed data is given a place.
+    pub(super) packing: async_lock::Mutex<()>,
     /// Flushes begun so far.
     pub(super) flushes_begun: AtomicU64,
     /// The number of the last flush that succeeded; locked while one is under way.
@@ -121,6 +123,7 @@ impl Qcow2 {
             sparse_on_host: OnceLock::new(),
             clusters: RangeLock::default(),
             tables: RangeLock::default(),
+            packing: async_lock::Mutex::new(()),
             flushes_begun: AtomicU64::new(0),
             flushing: async_lock::Mutex::new(0),
             unlinked: Mutex::default(),

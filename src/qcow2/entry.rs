@@ -173,6 +173,17 @@ impl L2Entry {
     }
 }
 
+impl L2Entry {
+    /// The entry as stored: its descriptor, and the bitmap word where L2 entries are extended. `None` for a
+    /// compressed cluster that lies beyond what an entry can address.
+    pub(super) fn encode(&self, geometry: &Geometry) -> Option<(u64, u64)> {
+        match self {
+            Self::Plain(cluster) => Some(cluster.encode(geometry)),
+            Self::Compressed(extent) => Some((extent.encode(geometry.cluster_bits())?, 0)),
+        }
+    }
+}
+
 fn split_bitmap(bitmap: u64) -> (u32, u32) {
     let half =
         |word: u64| u32::try_from(word & u64::from(u32::MAX)).expect("the mask leaves 32 bits");

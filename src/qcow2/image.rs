@@ -45,7 +45,7 @@ impl Qcow2 {
     }
 
     /// What precedes every operation that changes the disk.
-    async fn begin_change(&self, at: GuestOffset, len: u64) -> Result<()> {
+    pub(super) async fn begin_change(&self, at: GuestOffset, len: u64) -> Result<()> {
         self.begin_writing().await?;
         self.check_bounds(at, len)?;
         self.make_room_in_memory().await

@@ -3,6 +3,7 @@
 //! ```text
 //! Image ─ image ─┬─ read ─┬─ mapping ── l1, table_cache (L2)     what is where
 //!                ├─ write ┼─ cow                                 what a write needs
+//!                ├─ packing ───── compressed                     compressed clusters, and where they go
 //!                ├─ zero ─┴─ room ───── allocator, table_cache (refcount blocks)
 //!                └─ flush ── quarantine ─ grace                  what is durable when, what is free when
 //! ```
@@ -30,6 +31,7 @@ mod image;
 mod join;
 mod l1;
 mod mapping;
+mod packing;
 mod quarantine;
 mod read;
 mod refcount;

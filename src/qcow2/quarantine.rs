@@ -97,6 +97,8 @@ impl Qcow2 {
     async fn punch_unused(&self, dropped: &BTreeMap<HostCluster, u64>) {
         let mut run: Option<(HostCluster, u64)> = None;
         for (cluster, count) in dropped {
+            // Else compressed data could be put there after the look at the refcount, and be punched out.
+            self.allocator.stop_packing(*cluster);
             // Invariant 4. A refcount that cannot be read keeps its cluster.
             if self.refcount(*cluster).await.unwrap_or(u64::MAX) > *count {
                 continue;

@@ -38,6 +38,11 @@ pub(super) fn set(block: &mut [u8], index: u64, order: u32, value: u64) {
     }
 }
 
+/// The largest refcount of 2 to the power of `order` bits.
+pub(super) fn max(order: u32) -> u64 {
+    u64::MAX >> (64 - (1u32 << order.min(6)))
+}
+
 /// The bytes of `block` that hold the refcount at `index`: where they start, and how many they are.
 pub(super) fn bytes_of(index: u64, order: u32) -> std::ops::Range<usize> {
     let (start, len, _) = place(index, order);
@@ -89,15 +94,11 @@ mod tests {
     #[test]
     fn every_width_keeps_its_neighbours() {
         for order in 0..=6 {
-            let max = if order == 6 {
-                u64::MAX
-            } else {
-                (1 << (1u32 << order)) - 1
-            };
             let mut block = vec![0xff; 64];
             set(&mut block, 3, order, 0);
             for index in 0..(64 * 8) >> order {
-                assert_eq!(get(&block, index, order), if index == 3 { 0 } else { max });
+                let expected = if index == 3 { 0 } else { max(order) };
+                assert_eq!(get(&block, index, order), expected);
             }
         }
     }

@@ -24,6 +24,17 @@ pub(super) struct Taken {
 }
 
 impl Taken {
+    /// One cluster that was taken otherwise.
+    pub(super) fn one(cluster: HostCluster) -> Self {
+        Self {
+            runs: vec![Run {
+                first: cluster,
+                count: 1,
+                untouched: false,
+            }],
+        }
+    }
+
     /// The clusters, in the order in which they were taken, each with whether it reads as zeros since the file ends
     /// before it.
     pub(super) fn clusters(&self) -> impl Iterator<Item = (HostCluster, bool)> {

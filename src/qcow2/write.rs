@@ -259,12 +259,11 @@ impl Qcow2 {
         self.unlink(dropped);
     }
 
-    /// Puts an entry at byte `at` of a slice.
+    /// Puts an entry at byte `at` of a slice; whoever makes it sees to it that it can be encoded.
     pub(super) fn store_entry(&self, slice: &mut [u8], at: usize, entry: &L2Entry) {
-        let L2Entry::Plain(cluster) = entry else {
+        let Some((descriptor, bitmap)) = entry.encode(&self.geometry) else {
             return;
         };
-        let (descriptor, bitmap) = cluster.encode(&self.geometry);
         let mut words = slice.get_mut(at..).unwrap_or_default().chunks_exact_mut(8);
         if let Some(word) = words.next() {
             word.copy_from_slice(&descriptor.to_be_bytes());

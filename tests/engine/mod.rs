@@ -101,31 +101,25 @@ pub fn load(path: &Path) -> Arc<MemoryStorage> {
 }
 
 /// Opens a chain of images in memory, the base (raw) first; `cache` bounds their metadata caches, in bytes.
-pub fn open_chain(
-    layers: &[Arc<dyn Storage>],
-    raw_base: bool,
-    cache: Option<u64>,
-) -> Arc<dyn Image> {
-    let mut image: Option<Arc<dyn Image>> = None;
-    for (depth, storage) in layers.iter().enumerate() {
-        let is_top = depth + 1 == layers.len();
-        let access = if is_top {
-            Access::ReadWrite
+pub fn open_chain(layers: &[Arc<dyn Storage>], raw_base: bool, cache: Option<u64>) -> Arc<Qcow2> {
+    let open = |storage: &Arc<dyn Storage>, backing, access| {
+        let opened =
+            block_on(Qcow2::open(Arc::clone(storage), backing, access)).expect("the image opens");
+        if let Some(bytes) = cache {
+            opened.set_metadata_cache(bytes);
+        }
+        Arc::new(opened)
+    };
+    let (top, below) = layers.split_last().expect("a chain has a layer");
+    let mut backing: Option<Arc<dyn Image>> = None;
+    for (depth, storage) in below.iter().enumerate() {
+        backing = Some(if depth == 0 && raw_base {
+            Arc::new(RawImage::new(Arc::clone(storage), Access::ReadOnly))
         } else {
-            Access::ReadOnly
-        };
-        image = Some(if depth == 0 && raw_base {
-            Arc::new(RawImage::new(Arc::clone(storage), access))
-        } else {
-            let opened =
-                block_on(Qcow2::open(Arc::clone(storage), image, access)).expect("the image opens");
-            if let Some(bytes) = cache {
-                opened.set_metadata_cache(bytes);
-            }
-            Arc::new(opened)
+            open(storage, backing, Access::ReadOnly)
         });
     }
-    image.expect("a chain has a layer")
+    open(top, backing, Access::ReadWrite)
 }
 
 /// A storage whose operations let others go first, now and then, before and after.
@@ -340,7 +334,7 @@ impl Chain {
     }
 
     /// Opens the chain; every layer's operations let others go first. For odd seeds, metadata caches are tiny.
-    pub fn open_yielding(&self, seed: u64) -> Arc<dyn Image> {
+    pub fn open_yielding(&self, seed: u64) -> Arc<Qcow2> {
         let layers: Vec<Arc<dyn Storage>> = self
             .layers
             .iter()

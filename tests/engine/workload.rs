@@ -9,6 +9,8 @@ use rand::RngExt;
 use rand::rngs::StdRng;
 use seethrough::error::Result;
 use seethrough::image::{Image, Mapped};
+use seethrough::qcow2::Qcow2;
+use seethrough::qcow2::compressed::compress;
 use seethrough::storage::ZeroMode;
 use seethrough::sys::{IoBuf, block_on};
 use seethrough::units::GuestOffset;
@@ -56,6 +58,11 @@ pub const SHAPES: &[Shape] = &[
         "cluster_size=64k,lazy_refcounts=on,refcount_bits=32",
         1500 * KIB,
         Backing::Raw,
+    ),
+    shape(
+        "cluster_size=32k,compression_type=zstd",
+        1500 * KIB,
+        Backing::None,
     ),
     shape("cluster_size=2M", 9000 * KIB, Backing::Raw),
     shape("cluster_size=16k,extended_l2=on", 700 * KIB, Backing::Raw),
@@ -107,8 +114,10 @@ impl Operation {
             0..6 => Self::Read,
             6..13 => {
                 let mut bytes = vec![0; usize::try_from(len).unwrap()];
-                if rng.random_bool(0.9) {
-                    rng.fill(&mut bytes[..]);
+                match rng.random_range(0..10) {
+                    0 => {}
+                    1..4 => fill_compressibly(rng, &mut bytes),
+                    _ => rng.fill(&mut bytes[..]),
                 }
                 Self::Write(bytes)
             }
@@ -117,6 +126,15 @@ impl Operation {
             16..19 => Self::Discard,
             _ => Self::Flush,
         }
+    }
+}
+
+/// Every sector differs, and yet there is much to be saved, more or less.
+fn fill_compressibly(rng: &mut StdRng, bytes: &mut [u8]) {
+    let noise = rng.random_range(1..400);
+    for sector in bytes.chunks_mut(SECTOR) {
+        let noise = noise.min(sector.len());
+        rng.fill(&mut sector[..noise]);
     }
 }
 
@@ -197,6 +215,58 @@ pub fn perform_batch(
         .map(
             |(range, operation)| -> Pin<Box<dyn Future<Output = Result<Vec<u8>>> + '_>> {
                 Box::pin(perform(image, range.clone(), operation))
+            },
+        )
+        .collect();
+    run_interleaved(rng, futures)
+}
+
+/// As [`perform`], but the clusters that a write covers are compressed where that saves room.
+pub async fn perform_compressing(
+    image: &Qcow2,
+    range: Range<u64>,
+    operation: &Operation,
+) -> Result<Vec<u8>> {
+    let Operation::Write(bytes) = operation else {
+        return perform(image, range, operation).await;
+    };
+    let cluster = image.cluster_size();
+    let disk_end = image.virtual_size();
+    let mut at = range.start;
+    let mut compressed = vec![0; usize::try_from(cluster).unwrap()];
+    while at < range.end {
+        let end = (at + 1).next_multiple_of(cluster).min(range.end);
+        let part = &bytes[usize::try_from(at - range.start).unwrap()..]
+            [..usize::try_from(end - at).unwrap()];
+        let is_whole =
+            at.is_multiple_of(cluster) && (end.is_multiple_of(cluster) || end == disk_end);
+        let mut whole = part.to_vec();
+        whole.resize(compressed.len(), 0);
+        match compress(image.compression_type(), &whole, &mut compressed) {
+            Some(len) if is_whole => {
+                let data = IoBuf::from_bytes(&compressed[..len]);
+                image.write_compressed(GuestOffset(at), data).await?;
+            }
+            _ => {
+                perform(image, at..end, &Operation::Write(part.to_vec())).await?;
+            }
+        }
+        at = end;
+    }
+    Ok(Vec::new())
+}
+
+/// As [`perform_batch`], by [`perform_compressing`].
+pub fn perform_batch_compressing(
+    image: &Qcow2,
+    batch: &[(Range<u64>, Operation)],
+    rng: &mut StdRng,
+) -> Vec<Result<Vec<u8>>> {
+    let futures = batch
+        .iter()
+        .map(
+            |(range, operation)| -> Pin<Box<dyn Future<Output = Result<Vec<u8>>> + '_>> {
+                Box::pin(perform_compressing(image, range.clone(), operation))
             },
         )
         .collect();
