@@ -12,6 +12,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::allocator::{Allocator, Layout};
+use super::bitmap::BitmapDirectory;
 use super::geometry::{Geometry, to_usize};
 use super::grace::Grace;
 use super::header::{CompressionType, Header};
@@ -174,12 +175,15 @@ async fn open_allocator(
     let (words, _) = table.as_chunks::<8>();
     let l1_at = header.l1_table_offset.0;
     let snapshots_at = header.snapshots_offset.0;
-    let fixed = vec![
+    let mut fixed = vec![
         0..cluster_size,
         l1_at..l1_at + u64::from(header.l1_size) * 8,
         // An entry has 40 bytes and more; how many more is known to those who read the table.
         snapshots_at..snapshots_at + u64::from(header.nb_snapshots) * 40,
     ];
+    if let Ok(Some((at, len))) = BitmapDirectory::place(header) {
+        fixed.push(at.0..at.0 + len);
+    }
     let layout = Layout {
         table_at,
         table: words.iter().map(|word| u64::from_be_bytes(*word)).collect(),

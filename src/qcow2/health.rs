@@ -4,13 +4,14 @@
 //! # Invariants
 //!
 //! 1. Once writing has been forbidden it stays so until the image is reopened; reads go on.
-//! 2. Autoclear bits are durably cleared before anything else is written: nothing here keeps up to date what they
-//!    vouch for.
+//! 2. Autoclear bits are durably cleared before anything else is written, but for those whose promise is kept: that
+//!    for bitmaps is by marking them as in use (`qcow2::bitmap`).
 //! 3. Metadata found broken sets the corrupt bit, so that no one else writes either before a repair.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::bitmap::{BitmapDirectory, Change};
 use super::engine::Qcow2;
 use super::features::{AutoclearFeatures, IncompatibleFeatures};
 use super::header::{Header, Version};
@@ -115,11 +116,38 @@ impl Qcow2 {
             return Ok(());
         }
         // Invariant 2. Two that get here at once do it twice, which does no harm.
-        self.update_header(|header| header.autoclear_features = AutoclearFeatures::default())
-            .await?;
+        let kept = self.disown_bitmaps(Change::Contents).await?;
+        self.update_header(|header| {
+            header.autoclear_features = AutoclearFeatures(header.autoclear_features.0 & kept.0);
+        })
+        .await?;
         self.storage.flush().await?;
         self.health.begun.store(true, Ordering::Release);
         Ok(())
+    }
+
+    /// Marks the bitmaps that a change makes untrue, and returns the autoclear bit that may stay for that: none if
+    /// the bitmaps make no sense. Not durable before a flush.
+    ///
+    /// # Errors
+    /// The storage's.
+    pub(super) async fn disown_bitmaps(&self, change: Change) -> Result<AutoclearFeatures> {
+        let header = self.header.lock().await.clone();
+        match BitmapDirectory::read(self.storage.as_ref(), &header).await {
+            Ok(Some(directory)) => {
+                directory.mark_in_use(self.storage.as_ref(), change).await?;
+                Ok(AutoclearFeatures::BITMAPS)
+            }
+            Ok(None) => Ok(AutoclearFeatures::default()),
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                log::warn!(
+                    "{}: the persistent bitmaps are given up: {error}",
+                    self.storage.name()
+                );
+                Ok(AutoclearFeatures::default())
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Passes a result on; an error that says the image's metadata is broken also has the consequences

@@ -13,6 +13,7 @@
 mod address_hash;
 mod allocation;
 mod allocator;
+pub mod bitmap;
 pub mod compressed;
 mod cow;
 pub mod create;

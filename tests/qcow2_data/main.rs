@@ -6,4 +6,5 @@
 #[path = "../engine/mod.rs"]
 mod engine;
 
+mod bitmaps;
 mod compressed;
