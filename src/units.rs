@@ -69,6 +69,10 @@ address!(
     FsBlock(u64)
 );
 address!(
+    /// The number of a block of an ext4 journal, counted from the journal's superblock.
+    LogBlock(u32)
+);
+address!(
     /// The number of an ext4 block group.
     BlockGroup(u32)
 );

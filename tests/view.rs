@@ -9,6 +9,8 @@
 
 #[path = "view/bed.rs"]
 mod bed;
+#[path = "view/journal.rs"]
+mod journal;
 #[path = "view/overlay.rs"]
 mod overlay;
 
@@ -639,7 +641,7 @@ fn reseal_journal(bytes: &mut [u8]) {
 fn dawdling_base_view(bed: &Bed, seed: u64) -> View {
     let storage = FaultStorage::with_delays(bed.storage.clone(), Delays::up_to(3, seed));
     let image = RawImage::new(Arc::new(storage), Access::ReadWrite);
-    block_on(open_base("base", Arc::new(image), &bed.declaration)).unwrap()
+    block_on(open_base("base", &bed.share(Arc::new(image)))).unwrap()
 }
 
 #[test]
@@ -796,8 +798,7 @@ fn a_child_is_not_served_once_the_base_has_used_its_groups() {
         "tom",
         child.overlay.clone(),
         &child.declaration,
-        bed.base.clone(),
-        &bed.declaration,
+        bed.shared(),
     ));
     let error = opened.err().unwrap();
     assert!(error.to_string().contains("block groups 6-7"), "{error}");
@@ -812,8 +813,7 @@ fn a_child_of_another_base_or_of_changed_regions_is_refused() {
             "tom",
             child.overlay.clone(),
             declaration,
-            bed.base.clone(),
-            &bed.declaration,
+            bed.shared(),
         ))
         .err()
         .unwrap()

@@ -9,7 +9,7 @@ use crate::error::{Context, Result};
 use crate::image::{Access, Image};
 use crate::storage::CacheMode;
 use crate::sys::block_on;
-use crate::view::declared::view_of;
+use crate::view::declared::Views;
 
 /// Opens the disk of every VM, in their order: what each may see of it, if it shares it with others.
 ///
@@ -21,9 +21,10 @@ pub(super) fn open_disks(vms: &[VmOptions], cache: CacheMode) -> Result<Vec<Arc<
     let requests: Vec<DiskRequest> = vms.iter().map(request).collect();
     block_on(async {
         let disks = registry.open_family(&requests).await?;
+        let mut family = Views::default();
         let mut views = Vec::with_capacity(disks.len());
         for (vm, disk) in vms.iter().zip(&disks) {
-            let view = view_of(&vm.name, disk).await;
+            let view = family.view_of(&vm.name, disk).await;
             views.push(view.context(|| format!("vm {}", vm.name))?);
         }
         Ok(views)

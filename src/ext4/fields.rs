@@ -38,6 +38,11 @@ pub(super) fn le32(record: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(array_at(record, at))
 }
 
+/// The big-endian 16-bit field at `at`.
+pub(super) fn be16(record: &[u8], at: usize) -> u16 {
+    u16::from_be_bytes(array_at(record, at))
+}
+
 /// The big-endian 32-bit field at `at`.
 pub(super) fn be32(record: &[u8], at: usize) -> u32 {
     u32::from_be_bytes(array_at(record, at))

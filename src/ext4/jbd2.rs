@@ -4,14 +4,14 @@
 //! Every VM has a journal of its own in the blocks of the base's: it begins as [`clean`].
 
 use super::checksum::crc32c;
-use super::fields::{be32, put_be32};
+use super::fields::{be32, bytes_at, put_be32};
 use super::superblock::Superblock;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes of a journal superblock.
 pub const JOURNAL_SUPERBLOCK_SIZE: usize = 1024;
 
-const MAGIC: u32 = 0xc03b_3998;
+pub(super) const MAGIC: u32 = 0xc03b_3998;
 const BLOCKTYPE_V1: u32 = 3;
 const BLOCKTYPE_V2: u32 = 4;
 
@@ -22,8 +22,11 @@ const FEATURE_INCOMPAT: usize = 0x28;
 const HEAD: usize = 0x58;
 const CHECKSUM: usize = 0xfc;
 
-const INCOMPAT_CSUM_V2: u32 = 0x8;
-const INCOMPAT_CSUM_V3: u32 = 0x10;
+pub(super) const COMPAT_CHECKSUM: u32 = 0x1;
+pub(super) const INCOMPAT_64BIT: u32 = 0x2;
+pub(super) const INCOMPAT_ASYNC_COMMIT: u32 = 0x4;
+pub(super) const INCOMPAT_CSUM_V2: u32 = 0x8;
+pub(super) const INCOMPAT_CSUM_V3: u32 = 0x10;
 /// Names of `s_feature_incompat`, from the lowest bit, and whether this program handles the feature.
 const INCOMPAT: &[(&str, bool)] = &[
     ("journal_incompat_revoke", true),
@@ -51,6 +54,8 @@ pub struct JournalSuperblock {
     pub feature_compat: u32,
     /// `s_feature_incompat`.
     pub feature_incompat: u32,
+    /// `s_uuid`: what the checksums of the log start from.
+    pub uuid: [u8; 16],
 }
 
 impl JournalSuperblock {
@@ -82,6 +87,7 @@ impl JournalSuperblock {
             errno: be32(bytes, ERRNO),
             feature_compat: feature(0x24),
             feature_incompat: feature(FEATURE_INCOMPAT),
+            uuid: bytes_at(bytes, 0x30),
         };
         if let Some(computed) = checksum_of(bytes) {
             let s_checksum = be32(bytes, CHECKSUM);
@@ -160,6 +166,11 @@ pub fn clean(journal: &[u8; JOURNAL_SUPERBLOCK_SIZE]) -> [u8; JOURNAL_SUPERBLOCK
         put_be32(&mut bytes, CHECKSUM, checksum);
     }
     bytes
+}
+
+/// Puts the journal's magic number back where a block of the log has zeros in its stead.
+pub fn unescape(block: &mut [u8]) {
+    put_be32(block, 0, MAGIC);
 }
 
 /// The checksum that a journal superblock should carry; `None` if the journal has none.

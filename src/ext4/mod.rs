@@ -17,6 +17,7 @@ pub mod group_descriptor;
 pub mod htree;
 pub mod inode;
 pub mod jbd2;
+pub mod jbd2_log;
 pub mod layout;
 pub mod new_directory;
 pub mod orphan_file;

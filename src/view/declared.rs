@@ -3,6 +3,7 @@
 //! A qcow2 image carries its declaration in a header extension, so that it describes itself wherever it is copied.
 //! A raw base has no room for one: it lies beside it, in a file with its name and `.seethrough` behind it.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -11,7 +12,7 @@ use std::sync::Arc;
 
 use super::declaration::{BaseDeclaration, ChildDeclaration, Declaration, MAX_DECLARATION_BYTES};
 use super::merged::Merged;
-use super::open::{child_territory, open_base, open_child};
+use super::open::{SharedBase, child_territory, open_base, open_child};
 use crate::chain::format::Format;
 use crate::chain::registry::{OpenImage, Source};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -20,24 +21,48 @@ use crate::qcow2::header::Header;
 use crate::qcow2::header_extension::SEETHROUGH_EXTENSION;
 use crate::qcow2::header_update::set_extension;
 use crate::storage::Storage;
+use crate::sys::FileId;
 
-/// What a VM is served: its view of a shared disk, or the image as it is if it shares nothing.
-///
-/// # Errors
-/// If a declaration cannot be read, or does not fit the disk: nothing is served then.
-pub async fn view_of(vm: &str, disk: &OpenImage) -> Result<Arc<dyn Image>> {
-    match declaration_of(&disk.source)? {
-        None => Ok(Arc::clone(&disk.image)),
-        Some(Declaration::Base(declaration)) => {
-            let view = open_base(vm, Arc::clone(&disk.image), &declaration).await?;
-            Ok(Arc::new(view))
+/// The views of all VMs in this process: those of one base share it.
+#[derive(Default)]
+pub struct Views {
+    bases: HashMap<FileId, Arc<SharedBase>>,
+}
+
+impl Views {
+    /// What a VM is served: its view of a shared disk, or the image as it is if it shares nothing.
+    ///
+    /// # Errors
+    /// If a declaration cannot be read, or does not fit the disk: nothing is served then.
+    pub async fn view_of(&mut self, vm: &str, disk: &OpenImage) -> Result<Arc<dyn Image>> {
+        match declaration_of(&disk.source)? {
+            None => Ok(Arc::clone(&disk.image)),
+            Some(Declaration::Base(declaration)) => {
+                let image = Arc::clone(&disk.image);
+                let base = self.shared(disk.source.id, image, declaration).await?;
+                Ok(Arc::new(open_base(vm, &base).await?))
+            }
+            Some(Declaration::Child(child)) => {
+                let (source, image, declaration) = base_of(disk)?;
+                let base = self.shared(source.id, image, declaration).await?;
+                let overlay = Arc::clone(&disk.image);
+                Ok(Arc::new(open_child(vm, overlay, &child, &base).await?))
+            }
         }
-        Some(Declaration::Child(child)) => {
-            let (base, declaration) = base_of(disk)?;
-            let overlay = Arc::clone(&disk.image);
-            let view = open_child(vm, overlay, &child, base, &declaration).await?;
-            Ok(Arc::new(view))
+    }
+
+    async fn shared(
+        &mut self,
+        id: FileId,
+        image: Arc<dyn Image>,
+        declaration: BaseDeclaration,
+    ) -> Result<Arc<SharedBase>> {
+        if let Some(base) = self.bases.get(&id) {
+            return Ok(Arc::clone(base));
         }
+        let base = Arc::new(SharedBase::open(image, declaration).await?);
+        self.bases.insert(id, Arc::clone(&base));
+        Ok(base)
     }
 }
 
@@ -47,7 +72,7 @@ pub async fn view_of(vm: &str, disk: &OpenImage) -> Result<Arc<dyn Image>> {
 /// [`ErrorKind::InvalidConfig`] if the image is no child; and as [`Merged::open`].
 pub async fn merged_of(disk: &OpenImage) -> Result<Merged> {
     let child = child_declaration(disk)?;
-    let (base, declaration) = base_of(disk)?;
+    let (_, base, declaration) = base_of(disk)?;
     let territory = child_territory(&*base, &declaration, &child).await?;
     Merged::open(Arc::clone(&disk.image), base, territory).await
 }
@@ -66,7 +91,7 @@ fn child_declaration(disk: &OpenImage) -> Result<ChildDeclaration> {
 }
 
 /// A child's base, as it is stored, and what it declares.
-fn base_of(disk: &OpenImage) -> Result<(Arc<dyn Image>, BaseDeclaration)> {
+fn base_of(disk: &OpenImage) -> Result<(&Source, Arc<dyn Image>, BaseDeclaration)> {
     let path = disk.source.path.display();
     let (Some(image), Some(source)) = (disk.image.backing(), &disk.source.backing) else {
         return Err(Error::new(
@@ -77,7 +102,7 @@ fn base_of(disk: &OpenImage) -> Result<(Arc<dyn Image>, BaseDeclaration)> {
         ));
     };
     match declaration_of(source)? {
-        Some(Declaration::Base(declaration)) => Ok((Arc::clone(image), declaration)),
+        Some(Declaration::Base(declaration)) => Ok((source, Arc::clone(image), declaration)),
         _ => Err(Error::new(
             ErrorKind::InvalidConfig,
             format!(

@@ -1,14 +1,15 @@
 //! A VM's disk: the stored images, seen and written as one VM may.
 //!
-//! Reads and writes of what is plainly the VM's own, and reads of plain foreign blocks, go straight through
-//! to the VM's own store, whose unwritten ranges fall through to the base. Everything else is composed on
+//! Reads and writes of what is plainly the VM's own go straight through to the VM's own store, whose unwritten ranges
+//! fall through to the base; reads of plain foreign blocks go straight to the base. Everything else is composed on
 //! the way out and scattered on the way in.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::journal::Committed;
 use super::refusal::{Answer, Operation, Refusal, Refusals};
-use super::route::{Pieces, Route, Treatment};
+use super::route::{Piece, Pieces, Route, Treatment};
 use super::territory::{Filesystem, Territory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Allocation, Image, ImageFuture, Limits, Mapped};
@@ -20,15 +21,27 @@ use crate::units::GuestOffset;
 pub struct View {
     /// What the VM's own writes go to: a child's overlay, or the base's image.
     pub(super) own: Arc<dyn Image>,
-    /// Where foreign records are read from: the stored base, never what an overlay has captured of it.
+    /// Where whatever is foreign is read from: the base, never what an overlay has captured of it.
     pub(super) truth: Arc<dyn Image>,
     pub(super) territory: Territory,
+    /// What children are shown of this disk, if it is the base's.
+    committed: Option<Arc<Committed>>,
     pub(super) refusals: Arc<Refusals>,
     /// Blocks of the filesystem whose records are being exchanged: two writes under way at once would lose one
     /// another's, since a block is read, changed and written back.
     pub(super) shared_blocks: RangeLock,
     /// Whether the guest still has to replay its journal: see [`super::session`].
     pub(super) recovering: AtomicBool,
+}
+
+/// What a view is made of.
+pub struct Stores {
+    /// What takes the VM's writes: a child's overlay, or the base's image.
+    pub own: Arc<dyn Image>,
+    /// Where what is foreign is read from: for the base's VM `own` itself, for a child what its base has committed.
+    pub truth: Arc<dyn Image>,
+    /// What is to be told of the writes of the base's VM to its journal; `None` for a child.
+    pub committed: Option<Arc<Committed>>,
 }
 
 /// What a request brings.
@@ -52,29 +65,32 @@ impl Payload {
     pub(super) fn bytes(&self, skip: u64, len: u64) -> Vec<u8> {
         let index = |n: u64| usize::try_from(n).expect("a piece's bytes fit in memory");
         let mut bytes = vec![0; index(len)];
-        if let Self::Bytes(buf) = self {
-            buf.copy_to(index(skip), &mut bytes);
-        }
+        self.copy_to(index(skip), &mut bytes);
         bytes
+    }
+
+    /// Fills `into`, which holds zeros, with the bytes `skip` bytes on.
+    pub(super) fn copy_to(&self, skip: usize, into: &mut [u8]) {
+        if let Self::Bytes(buf) = self {
+            buf.copy_to(skip, into);
+        }
     }
 }
 
 impl View {
     /// The view of the VM that owns `territory`.
     ///
-    /// `own` takes its writes; `truth` is the stored base image, which for the base VM is `own` itself.
-    ///
     /// # Errors
     /// Those of reading the journal's superblock.
     pub async fn open(
-        own: Arc<dyn Image>,
-        truth: Arc<dyn Image>,
+        stores: Stores,
         territory: Territory,
         refusals: Arc<Refusals>,
     ) -> Result<Self> {
         let view = Self {
-            own,
-            truth,
+            own: stores.own,
+            truth: stores.truth,
+            committed: stores.committed,
             territory,
             refusals,
             shared_blocks: RangeLock::default(),
@@ -111,32 +127,41 @@ impl View {
         }
     }
 
-    /// Whether a range leads straight through to the VM's own store.
-    fn leads_through(&self, at: GuestOffset, len: u64, route: Route) -> bool {
+    /// How a whole range is treated, if it is one piece.
+    fn treatment_of(&self, at: GuestOffset, len: u64, route: Route) -> Option<Treatment> {
         let mut pieces = Pieces::new(&self.territory, at, len, route);
         match (pieces.next(), pieces.next()) {
-            (None, _) => true,
-            (Some(only), None) => only.treatment == Treatment::Through,
-            _ => false,
+            (None, _) => Some(Treatment::Through),
+            (Some(only), None) => Some(only.treatment),
+            _ => None,
+        }
+    }
+
+    /// The store that a whole range is read from as it is, if it is one.
+    fn store_of(&self, at: GuestOffset, len: u64) -> Option<&Arc<dyn Image>> {
+        match self.treatment_of(at, len, Route::Read)? {
+            Treatment::Through | Treatment::Journal => Some(&self.own),
+            Treatment::Foreign(_) => Some(&self.truth),
+            Treatment::Composed(_) => None,
         }
     }
 
     async fn read_pieces(&self, at: GuestOffset, buf: IoBuf) -> Result<()> {
         let len = buf.len() as u64;
         self.check_bounds(at, len)?;
-        if self.leads_through(at, len, Route::Read) {
-            return self.own.read(at, buf).await;
+        if let Some(store) = self.store_of(at, len) {
+            return store.read(at, buf).await;
         }
         for piece in Pieces::new(&self.territory, at, len, Route::Read) {
             let part = buf.slice(piece.within(at));
             match piece.treatment {
-                Treatment::Through => self.own.read(piece.at, part).await?,
+                Treatment::Through | Treatment::Journal => self.own.read(piece.at, part).await?,
                 Treatment::Composed(what) => {
                     self.compose(self.shared_filesystem()?, what, &piece, &part)
                         .await?;
                 }
                 // Whatever is foreign may be read.
-                Treatment::Foreign(_) => self.own.read(piece.at, part).await?,
+                Treatment::Foreign(_) => self.truth.read(piece.at, part).await?,
             }
         }
         Ok(())
@@ -161,6 +186,11 @@ impl View {
             };
             match piece.treatment {
                 Treatment::Through => self.write_through(piece.at, piece.len, part).await?,
+                Treatment::Journal => {
+                    self.write_through(piece.at, piece.len, part.clone())
+                        .await?;
+                    self.note_journal_write(&piece, &part).await?;
+                }
                 Treatment::Composed(what) => {
                     self.scatter(self.shared_filesystem()?, what, &piece, part)
                         .await?;
@@ -209,6 +239,14 @@ impl View {
         ))
     }
 
+    /// Tells whoever shows the base to children what its VM has written to its journal.
+    async fn note_journal_write(&self, piece: &Piece, payload: &Payload) -> Result<()> {
+        match &self.committed {
+            Some(committed) => committed.note_write(piece, payload).await,
+            None => Ok(()),
+        }
+    }
+
     async fn write_through(&self, at: GuestOffset, len: u64, payload: Payload) -> Result<()> {
         match payload {
             Payload::Bytes(buf) => self.own.write(at, buf).await,
@@ -232,15 +270,15 @@ impl Image for View {
     }
 
     fn map_read(&self, at: GuestOffset, len: u64) -> Mapped {
-        if self.leads_through(at, len, Route::Read) {
-            self.own.map_read(at, len)
-        } else {
-            Mapped::Slow
+        match self.store_of(at, len) {
+            Some(store) => store.map_read(at, len),
+            None => Mapped::Slow,
         }
     }
 
     fn map_write(&self, at: GuestOffset, len: u64) -> Mapped {
-        if !self.recovering.load(Ordering::Acquire) && self.leads_through(at, len, Route::Write) {
+        let leads_through = self.treatment_of(at, len, Route::Write) == Some(Treatment::Through);
+        if leads_through && !self.recovering.load(Ordering::Acquire) {
             self.own.map_write(at, len)
         } else {
             Mapped::Slow

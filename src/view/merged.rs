@@ -72,9 +72,12 @@ impl Merged {
     }
 
     async fn read_piece(&self, piece: &Piece, part: IoBuf) -> Result<()> {
-        let (Treatment::Composed(what), Some(filesystem)) =
-            (piece.treatment, self.territory.filesystem())
-        else {
+        let what = match piece.treatment {
+            Treatment::Composed(what) => what,
+            Treatment::Foreign(_) => return self.truth.read(piece.at, part).await,
+            Treatment::Through | Treatment::Journal => return self.own.read(piece.at, part).await,
+        };
+        let Some(filesystem) = self.territory.filesystem() else {
             return self.own.read(piece.at, part).await;
         };
         match what {
@@ -164,8 +167,11 @@ impl Merged {
             while at < piece.end() {
                 let left = piece.end().0 - at.0;
                 let (zero, len) = match piece.treatment {
-                    Treatment::Through => reads_as_zeros(&self.own, at, left).await?,
-                    _ => (false, left),
+                    Treatment::Through | Treatment::Journal => {
+                        reads_as_zeros(&self.own, at, left).await?
+                    }
+                    Treatment::Foreign(_) => reads_as_zeros(&self.truth, at, left).await?,
+                    Treatment::Composed(_) => (false, left),
                 };
                 let len = if zero { len } else { len.min(CHUNK) };
                 if !zero {

@@ -10,7 +10,8 @@
 //!   request ─ route ─┬─ through ──────────────── the VM's own store (its unwritten ranges fall to the base)
 //!                    ├─ composed ─ compose ───── own records from the own store, foreign ones from the base
 //!                    │             scatter ───── own records to the own store, foreign ones dropped
-//!                    └─ foreign ── refusals
+//!                    └─ foreign ─┬ journal ───── read: from the base, as it has committed
+//!                                └ refusals ──── written: refused
 //! ```
 //!
 //! # Invariants
@@ -33,6 +34,7 @@ pub mod declaration;
 pub mod declared;
 mod disk;
 mod groups;
+pub mod journal;
 pub mod merged;
 pub mod new_child;
 mod new_directory;

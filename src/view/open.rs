@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use super::declaration::{BaseDeclaration, ChildDeclaration, Extent, GroupList, Region};
-use super::disk::View;
+use super::disk::{Stores, View};
 use super::groups::Occupants;
+use super::journal::Committed;
 use super::ownership::GroupSet;
 use super::probe::{Place, Probe, read_partitions};
 use super::refusal::Refusals;
@@ -14,23 +15,58 @@ use crate::ext4::volatile::FreeCounts;
 use crate::image::Image;
 use crate::units::{BlockGroup, FsBlock, GuestOffset, InodeNumber};
 
+/// A base that several VMs share: all their views are opened on the same one.
+pub struct SharedBase {
+    disk: Arc<dyn Image>,
+    declaration: BaseDeclaration,
+    committed: Arc<Committed>,
+}
+
+impl SharedBase {
+    /// The base stored in `disk`, whose image says of itself what `declaration` holds.
+    ///
+    /// # Errors
+    /// If the declaration does not fit the disk, or the filesystem is not sound enough to be kept apart.
+    pub async fn open(disk: Arc<dyn Image>, declaration: BaseDeclaration) -> Result<Self> {
+        let committed = async {
+            let filesystem = base_filesystem(&*disk, &declaration).await?;
+            Committed::open(Arc::clone(&disk), filesystem).await
+        };
+        let committed = committed
+            .await
+            .context(|| format!("opening {}", disk.name()))?;
+        Ok(Self {
+            disk,
+            declaration,
+            committed: Arc::new(committed),
+        })
+    }
+
+    /// The disk as its VM has last committed it: what children see.
+    #[must_use]
+    pub fn committed(&self) -> &Arc<Committed> {
+        &self.committed
+    }
+}
+
 /// The view of the base's own VM, called `vm`.
 ///
 /// # Errors
 /// If the declaration does not fit the disk, or the filesystem is not sound enough to be kept apart.
-pub async fn open_base(
-    vm: &str,
-    base: Arc<dyn Image>,
-    declaration: &BaseDeclaration,
-) -> Result<View> {
-    let territory = base_territory(&*base, declaration)
+pub async fn open_base(vm: &str, base: &SharedBase) -> Result<View> {
+    let disk = &base.disk;
+    let territory = base_territory(&**disk, &base.declaration)
         .await
-        .context(|| format!("opening {}", base.name()))?;
-    let refusals = Arc::new(Refusals::new(vm));
-    View::open(Arc::clone(&base), base, territory, refusals).await
+        .context(|| format!("opening {}", disk.name()))?;
+    let stores = Stores {
+        own: Arc::clone(disk),
+        truth: Arc::clone(disk),
+        committed: Some(Arc::clone(&base.committed)),
+    };
+    View::open(stores, territory, Arc::new(Refusals::new(vm))).await
 }
 
-/// The view of a child's VM, called `vm`, whose overlay is `overlay` on the stored base `base`.
+/// The view of a child's VM, called `vm`, whose overlay is `overlay`.
 ///
 /// # Errors
 /// If the declarations do not fit each other or the disk, or the base has meanwhile used what it had reserved.
@@ -38,26 +74,43 @@ pub async fn open_child(
     vm: &str,
     overlay: Arc<dyn Image>,
     child: &ChildDeclaration,
-    base: Arc<dyn Image>,
-    declaration: &BaseDeclaration,
+    base: &SharedBase,
 ) -> Result<View> {
-    let territory = child_territory(&*base, declaration, child)
+    let territory = child_territory(&*base.disk, &base.declaration, child)
         .await
-        .context(|| format!("opening {} on {}", overlay.name(), base.name()))?;
-    let refusals = Arc::new(Refusals::new(vm));
-    View::open(overlay, base, territory, refusals).await
+        .context(|| format!("opening {} on {}", overlay.name(), base.disk.name()))?;
+    let stores = Stores {
+        own: overlay,
+        truth: Arc::clone(&base.committed) as Arc<dyn Image>,
+        committed: None,
+    };
+    View::open(stores, territory, Arc::new(Refusals::new(vm))).await
 }
 
 /// What the base's VM owns: everything but the regions.
 async fn base_territory(disk: &dyn Image, declaration: &BaseDeclaration) -> Result<Territory> {
     let areas = partition_areas(disk, declaration, &[]).await?;
+    let filesystem = base_filesystem(disk, declaration).await?;
+    Ok(Territory::new(Side::Base, filesystem, areas))
+}
+
+/// The shared filesystem, of which the base's VM owns all groups that no region has.
+async fn base_filesystem(
+    disk: &dyn Image,
+    declaration: &BaseDeclaration,
+) -> Result<Option<Filesystem>> {
     let Some(probe) = Probe::of_declared(disk, declaration).await? else {
-        return Ok(Territory::new(Side::Base, None, areas));
+        return Ok(None);
     };
     let reserved = group_set(&probe, &declaration.regions)?;
     let foreign_free = probe.count_free(disk, reserved.iter()).await?;
-    let filesystem = Filesystem::new(Side::Base, probe, reserved.complement(), foreign_free);
-    Ok(Territory::new(Side::Base, Some(filesystem), areas))
+    let owned = reserved.complement();
+    Ok(Some(Filesystem::new(
+        Side::Base,
+        probe,
+        owned,
+        foreign_free,
+    )))
 }
 
 /// What a child owns: its regions, which the base must not have used.

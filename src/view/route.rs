@@ -3,7 +3,8 @@
 //! # Invariants
 //!
 //! 1. The pieces of a request are its bytes, in order, each once.
-//! 2. Two pieces side by side that both lead through are one piece: what needs no treatment is not cut up.
+//! 2. Two pieces side by side that are read from the same store, or both lead through, are one piece: what needs no
+//!    treatment is not cut up.
 //! 3. The work is bounded by the number of stretches of the layout that the request covers, and nothing is
 //!    allocated: the fast path asks here.
 
@@ -27,9 +28,11 @@ pub(super) enum Route {
 pub(super) enum Treatment {
     /// Straight through to the VM's own store.
     Through,
+    /// The base's own journal: straight through, and whoever shows the base to children is told of what was written.
+    Journal,
     /// Composed when read, scattered when written.
     Composed(Composed),
-    /// Readable, and not this VM's to write.
+    /// Read from the base, and not this VM's to write.
     Foreign(Foreign),
 }
 
@@ -112,12 +115,15 @@ impl<'a> Pieces<'a> {
     /// How the bytes from `at` on are treated.
     fn stretch_at(&self, at: GuestOffset) -> Stretch {
         let mut stretch = self.territory.stretch_at(at, self.end);
-        if self.route == Route::Read
-            && let Treatment::Foreign(foreign) = stretch.treatment
-        {
-            stretch = self
-                .territory
-                .readable(at, foreign, stretch.end.min(self.end));
+        if self.route == Route::Read {
+            match stretch.treatment {
+                Treatment::Foreign(foreign) => {
+                    let end = stretch.end.min(self.end);
+                    stretch = self.territory.readable(at, foreign, end);
+                }
+                Treatment::Journal => stretch.treatment = Treatment::Through,
+                Treatment::Through | Treatment::Composed(_) => {}
+            }
         }
         // Every stretch moves on, whatever the layout says.
         stretch.end = stretch
@@ -125,6 +131,20 @@ impl<'a> Pieces<'a> {
             .max(GuestOffset(at.0.saturating_add(1)))
             .min(self.end);
         stretch
+    }
+
+    /// Whether a piece may go on in the next stretch.
+    fn may_grow(&self, treatment: Treatment) -> bool {
+        self.is_the_same(treatment, treatment)
+    }
+
+    /// Invariant 2.
+    fn is_the_same(&self, one: Treatment, next: Treatment) -> bool {
+        match (one, next) {
+            (Treatment::Through, Treatment::Through) => true,
+            (Treatment::Foreign(_), Treatment::Foreign(_)) => self.route == Route::Read,
+            _ => false,
+        }
     }
 }
 
@@ -138,9 +158,9 @@ impl Iterator for Pieces<'_> {
         }
         let Stretch { treatment, mut end } =
             self.ahead.take().unwrap_or_else(|| self.stretch_at(at));
-        while treatment == Treatment::Through && end < self.end {
+        while end < self.end && self.may_grow(treatment) {
             let next = self.stretch_at(end);
-            if next.treatment != Treatment::Through {
+            if !self.is_the_same(treatment, next.treatment) {
                 self.ahead = Some(next);
                 break;
             }
@@ -198,8 +218,16 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_read_as_it_is_is_one_piece() {
-        assert_eq!(cut(0, 600, Route::Read), [(0, 600, true)]);
+    fn a_read_is_cut_where_the_store_changes() {
+        let whole = cut(0, 600, Route::Read);
+        let expected = [
+            (0, 100, false),
+            (100, 100, true),
+            (200, 200, false),
+            (400, 100, true),
+            (500, 100, false),
+        ];
+        assert_eq!(whole, expected);
         assert!(cut(50, 0, Route::Read).is_empty());
     }
 

@@ -8,6 +8,7 @@ use super::ownership::GroupSet;
 use super::probe::Probe;
 use super::refusal::Structure;
 use super::route::{Composed, Foreign, Piece, Stretch, Treatment};
+use crate::ext4::extent::Extent;
 use crate::ext4::group_descriptor::Locations;
 use crate::ext4::layout::{Kind, Layout};
 use crate::ext4::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, Superblock};
@@ -114,13 +115,11 @@ impl Territory {
         }
     }
 
-    /// How `foreign` bytes from `at` to `end` are read: as they are, but for extended attributes.
+    /// How `foreign` bytes from `at` to `end` are read: as they are in the base, but for extended attributes.
     pub(super) fn readable(&self, at: GuestOffset, foreign: Foreign, end: GuestOffset) -> Stretch {
+        let treatment = Treatment::Foreign(foreign);
         let (Some(filesystem), Some(group)) = (&self.filesystem, foreign.group) else {
-            return Stretch {
-                treatment: Treatment::Through,
-                end,
-            };
+            return Stretch { treatment, end };
         };
         let block = filesystem.block_at(at);
         let behind = filesystem
@@ -133,13 +132,10 @@ impl Territory {
                 end: end.min(filesystem.offset_of(FsBlock(block.0 + 1))),
             },
             Some(first) => Stretch {
-                treatment: Treatment::Through,
+                treatment,
                 end: filesystem.offset_of(first),
             },
-            None => Stretch {
-                treatment: Treatment::Through,
-                end,
-            },
+            None => Stretch { treatment, end },
         }
     }
 
@@ -187,9 +183,28 @@ impl Filesystem {
         self.probe.superblock()
     }
 
+    /// Whether a block holds nothing but what the VM alone owns, and everything it holds means the same to all.
+    pub(super) fn is_private(&self, block: FsBlock) -> bool {
+        match self.layout().classify(block) {
+            Some((
+                Kind::Data { group }
+                | Kind::BlockBitmap { group }
+                | Kind::InodeBitmap { group }
+                | Kind::InodeTable { group, .. },
+                _,
+            )) => self.owns(group),
+            _ => false,
+        }
+    }
+
+    /// Where the journal's blocks are.
+    pub(super) fn journal(&self) -> &[Extent] {
+        self.probe.journal()
+    }
+
     /// The block with the superblock of the VM's own journal.
     pub(super) fn journal_start(&self) -> Option<FsBlock> {
-        self.probe.journal().first().map(|extent| extent.start)
+        self.journal().first().map(|extent| extent.start)
     }
 
     /// How many blocks the journal has.
@@ -323,6 +338,7 @@ impl Filesystem {
             Kind::BlockBitmap { group } => self.unless_owned(group, Composed::BlockBitmap(group)),
             Kind::InodeBitmap { group } => self.unless_owned(group, Composed::InodeBitmap(group)),
             Kind::InodeTable { group, .. } => self.unless_owned(group, Composed::Inodes(group)),
+            Kind::Journal { .. } if self.side == Side::Base => Treatment::Journal,
             Kind::Journal { .. } | Kind::OrphanFile { .. } => Treatment::Through,
             Kind::Boot => self.unless_child(Structure::Superblock, None),
             Kind::ReservedDescriptors => self.unless_child(Structure::Backup, Some(BlockGroup(0))),

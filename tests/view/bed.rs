@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use seethrough::image::{Access, Image, RawImage};
 use seethrough::storage::MemoryStorage;
@@ -15,7 +15,7 @@ use seethrough::view::View;
 use seethrough::view::declaration::{BaseDeclaration, ChildDeclaration};
 use seethrough::view::merged::Merged;
 use seethrough::view::new_child::NewChild;
-use seethrough::view::open::{child_territory, open_base, open_child};
+use seethrough::view::open::{SharedBase, child_territory, open_base, open_child};
 use seethrough::view::prepare::{Preparation, Request, Reserve};
 use seethrough::view::probe::{Probe, locate};
 use tempfile::TempDir;
@@ -40,6 +40,7 @@ pub(crate) struct Bed {
     pub(crate) base: Arc<dyn Image>,
     pub(crate) declaration: BaseDeclaration,
     pub(crate) start: u64,
+    shared: OnceLock<SharedBase>,
 }
 
 /// A child and its overlay.
@@ -154,6 +155,7 @@ impl Bed {
             base,
             declaration: preparation.declaration().clone(),
             start: recipe.start,
+            shared: OnceLock::new(),
         };
         bed.assert_base_clean();
         bed
@@ -181,7 +183,17 @@ impl Bed {
     }
 
     pub(crate) fn base_view(&self) -> View {
-        block_on(open_base("base", self.base.clone(), &self.declaration)).unwrap()
+        block_on(open_base("base", self.shared())).unwrap()
+    }
+
+    /// What all views of this base share.
+    pub(crate) fn shared(&self) -> &SharedBase {
+        self.shared.get_or_init(|| self.share(self.base.clone()))
+    }
+
+    /// A base that is stored in `disk` instead.
+    pub(crate) fn share(&self, disk: Arc<dyn Image>) -> SharedBase {
+        block_on(SharedBase::open(disk, self.declaration.clone())).unwrap()
     }
 
     pub(crate) fn child(&self, name: &str) -> Child {
@@ -212,8 +224,7 @@ impl Bed {
             name,
             overlay.clone(),
             declaration,
-            self.base.clone(),
-            &self.declaration,
+            self.shared(),
         ))
         .unwrap()
     }
@@ -323,24 +334,61 @@ impl<'a> Kernel<'a> {
     }
 
     /// Unmounts, and writes to the disk what has changed, a block at a time.
-    pub(crate) fn unmount(self) -> Vec<u8> {
+    pub(crate) fn unmount(mut self) -> Vec<u8> {
         unmount(self.mount.to_str().unwrap());
+        let changed = self.changes();
+        self.write(&changed);
+        self.before
+    }
+
+    /// Unmounts, and returns what has changed, which is not written to the disk.
+    pub(crate) fn unmount_unwritten(mut self) -> Vec<Changed> {
+        unmount(self.mount.to_str().unwrap());
+        self.changes()
+    }
+
+    /// Has the kernel commit, and writes to the disk what has changed so far, in the order that `sort` gives it.
+    pub(crate) fn commit(&mut self, sort: impl FnOnce(&mut [Changed])) -> Vec<u8> {
+        // A sync of the whole filesystem would bring everything to its place, too.
+        let file = File::create(self.mount.join("marker")).unwrap();
+        file.sync_all().unwrap();
+        let mut changed = self.changes();
+        sort(&mut changed);
+        self.write(&changed);
+        self.before.clone()
+    }
+
+    /// The blocks that have changed since this was asked last.
+    fn changes(&mut self) -> Vec<Changed> {
         let after = fs::read(&self.copy).unwrap();
         let block = block_size(&after, self.start);
-        for (index, (old, new)) in self
-            .before
-            .chunks(block)
-            .zip(after.chunks(block))
+        let pairs = self.before.chunks(block).zip(after.chunks(block));
+        let changed = pairs
             .enumerate()
-        {
-            if old != new {
-                let at = GuestOffset((index * block) as u64);
-                block_on(self.image.write(at, IoBuf::from_bytes(new))).unwrap();
-            }
+            .filter(|(_, (old, new))| old != new)
+            .map(|(index, (_, new))| Changed {
+                at: (index * block) as u64,
+                bytes: new.to_vec(),
+            })
+            .collect();
+        self.before = after;
+        changed
+    }
+
+    fn write(&self, changed: &[Changed]) {
+        for Changed { at, bytes } in changed {
+            block_on(self.image.write(GuestOffset(*at), IoBuf::from_bytes(bytes))).unwrap();
         }
         block_on(self.image.flush()).unwrap();
-        after
     }
+}
+
+/// A block that a kernel has changed.
+pub(crate) struct Changed {
+    /// Its offset on the disk.
+    pub(crate) at: u64,
+    /// What it holds now.
+    pub(crate) bytes: Vec<u8>,
 }
 
 /// Unmounts. A program that another test is just starting has this process's files open until it runs, those below the
