@@ -287,3 +287,58 @@ fn scenario_6_siblings_write_at_once_and_do_not_see_each_other() {
     }
     family.finish();
 }
+
+/// What the base has committed to its journal and not yet brought to its place is what a child sees at its next mount:
+/// while the base runs, after its VM was killed, and after the daemon was.
+#[test]
+fn scenario_10_children_see_the_bases_journal() {
+    if !guests_available() {
+        return;
+    }
+    let mut family = Family::base_and_tom(Filesystem::DEFAULTS);
+    family.serve();
+    let mut base = family.boot_mounted("base");
+    let mut tom = family.boot_mounted("tom");
+    // Nothing but a commit: a sync of everything would bring it to its place.
+    for round in 1..=3 {
+        base.ok(&format!(
+            "mkdir /mnt/in-journal-{round} && yes committed-{round} | head -c 30000 > /mnt/in-journal-{round}/file && \
+             sync /mnt/in-journal-{round}/file /mnt/in-journal-{round}"
+        ));
+        remount(&family, &mut tom);
+        tom.ok(&has_committed(round));
+    }
+    base.kill();
+    remount(&family, &mut tom);
+    tom.ok(&has_committed(3));
+    family.kill_daemon();
+    tom.kill();
+
+    let in_place = family.base_filesystem().debugfs("ls -p /");
+    assert!(
+        in_place.contains("/local/") && !in_place.contains("/in-journal-3/"),
+        "it has come to its place, so that nothing is shown here: {in_place}"
+    );
+    family.serve();
+    let mut tom = family.boot_mounted("tom");
+    tom.ok(&has_committed(3));
+    let mut base = family.boot_mounted("base");
+    base.ok(&has_committed(3));
+    remount(&family, &mut tom);
+    tom.ok(&has_committed(3));
+    base.shutdown();
+    remount(&family, &mut tom);
+    tom.ok(&has_committed(3));
+    tom.shutdown();
+    family.stop();
+    family.check_images(common::oracle::Tolerated::Leaks);
+    family.check_filesystems();
+}
+
+/// Whether a child reads all that the base committed up to a round.
+fn has_committed(rounds: usize) -> String {
+    format!(
+        "for i in $(seq {rounds}); do \
+         yes committed-$i | head -c 30000 | cmp - /mnt/in-journal-$i/file || exit 1; done"
+    )
+}
