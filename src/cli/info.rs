@@ -1,24 +1,25 @@
 //! `seethrough info`: what images say of themselves, in the words and JSON fields of `qemu-img info`.
 
-use std::fmt::Write;
-use std::os::unix::fs::MetadataExt;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
+use serde_json::{Value, json};
 
+use super::figures::{family_human, family_json, figures_human, figures_json};
+use super::options::parse_format;
+use super::output::{self, OutputFormat};
 use crate::chain::backing::resolve;
 use crate::chain::format::Format;
 use crate::chain::host::Locking;
 use crate::chain::inspect::{Inspected, Unnamed, inspect, inspect_chain};
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::jobs::figures::{Family, FileFigures, family, image_figures};
 use crate::qcow2::features::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
 use crate::qcow2::header::{Header, Version};
 use crate::qcow2::header_extension::{ExtensionType, SEETHROUGH_EXTENSION};
 use crate::sys::block_on;
 use crate::view::declared::read_declaration;
-
-use super::options::parse_format;
-use super::output::{self, OutputFormat};
 
 /// Arguments of `info`.
 #[derive(clap::Args)]
@@ -39,46 +40,91 @@ pub struct Info {
     #[arg(short = 'U', long)]
     force_share: bool,
 
-    /// The image
-    #[arg(value_name = "FILE")]
-    file: PathBuf,
+    /// The image; of several, the sums are shown too, each file counted once
+    #[arg(value_name = "FILE", required = true)]
+    files: Vec<PathBuf>,
 }
 
 impl Info {
-    /// Prints what the image says of itself.
+    /// Prints what the images say of themselves.
     ///
     /// # Errors
-    /// Those of [`inspect_chain`].
+    /// Those of [`inspect_chain`] and [`image_figures`].
     pub fn run(self) -> Result<()> {
+        let images = block_on(self.inspect())?;
+        let family = (images.len() > 1).then(|| family(images.iter().flat_map(|image| &image.figures)));
+        let text = match self.output {
+            OutputFormat::Human => human(&images, family.as_ref()),
+            OutputFormat::Json => self.json(&images, family.as_ref())?,
+        };
+        output::print(&text)
+    }
+
+    /// The images, each once.
+    async fn inspect(&self) -> Result<Vec<ImageInfo>> {
         let locking = if self.force_share {
             Locking::ForceShare
         } else {
             Locking::Lock
         };
-        let images = if self.backing_chain {
-            block_on(inspect_chain(&self.file, self.format, Unnamed::Raw, locking))?
-        } else {
-            vec![block_on(inspect(&self.file, self.format, Unnamed::Raw, locking))?]
-        };
-        let images: Vec<ImageInfo> = images.iter().map(ImageInfo::of).collect::<Result<_>>()?;
-        let text = match (self.output, self.backing_chain, images.as_slice()) {
-            (OutputFormat::Human, _, images) => {
-                let texts: Vec<String> = images.iter().map(ImageInfo::human).collect();
-                texts.join("\n")
+        let mut seen = HashSet::new();
+        let mut images = Vec::new();
+        for file in &self.files {
+            let chain = if self.backing_chain {
+                inspect_chain(file, self.format, Unnamed::Raw, locking).await?
+            } else {
+                vec![inspect(file, self.format, Unnamed::Raw, locking).await?]
+            };
+            for image in chain {
+                let figures = image_figures(&image, locking).await?;
+                if figures.first().is_some_and(|file| seen.insert(file.id)) {
+                    images.push(ImageInfo::of(&image, figures)?);
+                }
             }
-            (OutputFormat::Json, false, [image]) => json(image)?,
-            (OutputFormat::Json, _, images) => json(&images)?,
+        }
+        Ok(images)
+    }
+
+    /// As `qemu-img` prints it where it takes the same arguments: an object for one image, a list for a chain.
+    fn json(&self, images: &[ImageInfo], family: Option<&Family>) -> Result<String> {
+        let mut values = images.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>().map_err(|error| {
+            Error::with_source(ErrorKind::Io, "the information does not become JSON", error)
+        })?;
+        let family = family.map(family_json);
+        let value = match (self.files.len(), self.backing_chain) {
+            (1, false) => values.pop().unwrap_or_default(),
+            (1, true) => {
+                if let (Some(top), Some(family)) = (values.first_mut().and_then(Value::as_object_mut), family) {
+                    top.insert("family".to_owned(), family);
+                }
+                values.into()
+            }
+            _ => json!({ "images": values, "family": family }),
         };
-        output::print(&text)
+        Ok(format!("{value:#}\n"))
     }
 }
 
-fn json(value: &impl Serialize) -> Result<String> {
-    let mut text = serde_json::to_string_pretty(value).map_err(|error| {
-        Error::with_source(ErrorKind::Io, "the information does not become JSON", error)
-    })?;
+fn human(images: &[ImageInfo], family: Option<&Family>) -> String {
+    let mut texts: Vec<String> = images.iter().map(ImageInfo::human).collect();
+    if let Some(family) = family {
+        let mut text = String::new();
+        family_human(family, &mut |name, value| push_line(&mut text, name, value));
+        texts.push(text);
+    }
+    texts.join("\n")
+}
+
+/// Appends a line; what comes from an image cannot forge further lines.
+fn push_line(text: &mut String, name: &str, value: &str) {
+    let plain = |c: char| if c.is_control() { '?' } else { c };
+    text.extend(name.chars().map(plain));
+    text.push(':');
+    if !value.is_empty() {
+        text.push(' ');
+    }
+    text.extend(value.chars().map(plain));
     text.push('\n');
-    Ok(text)
 }
 
 /// One image, with the field names of QEMU's `ImageInfo`.
@@ -104,7 +150,14 @@ struct ImageInfo {
     format_specific: Option<FormatSpecific>,
     /// The declaration of regions, which is ours alone.
     #[serde(skip_serializing_if = "Option::is_none")]
-    seethrough: Option<serde_json::Value>,
+    seethrough: Option<Value>,
+    /// The room that it takes on the host, with more than QEMU tells.
+    #[serde(serialize_with = "serialize_figures")]
+    figures: Vec<FileFigures>,
+}
+
+fn serialize_figures<S: Serializer>(files: &[FileFigures], serializer: S) -> Result<S::Ok, S::Error> {
+    figures_json(files).serialize(serializer)
 }
 
 #[derive(Serialize)]
@@ -133,14 +186,12 @@ struct Qcow2Specific {
 }
 
 impl ImageInfo {
-    fn of(image: &Inspected) -> Result<Self> {
-        let metadata =
-            std::fs::metadata(&image.path).context(|| image.path.display().to_string())?;
+    fn of(image: &Inspected, figures: Vec<FileFigures>) -> Result<Self> {
         let info = Self {
             filename: image.path.display().to_string(),
             format: image.format.name(),
             virtual_size: image.virtual_size,
-            actual_size: metadata.blocks().saturating_mul(512),
+            actual_size: figures.first().map_or(0, |file| file.allocation),
             cluster_size: None,
             encrypted: None,
             dirty_flag: false,
@@ -149,6 +200,7 @@ impl ImageInfo {
             backing_filename_format: None,
             format_specific: None,
             seethrough: None,
+            figures,
         };
         Ok(match &image.header {
             Some(header) => info.with_header(&image.path, header),
@@ -190,23 +242,14 @@ impl ImageInfo {
         let mut text = String::new();
         let size = format!(
             "{} ({} bytes)",
-            human_size(self.virtual_size),
+            output::human_size(self.virtual_size),
             self.virtual_size
         );
-        let mut line = |name: &str, value: &str| {
-            // Names come from the image: they must not forge further lines.
-            let value: String = value
-                .chars()
-                .map(|c| if c.is_control() { '?' } else { c })
-                .collect();
-            let space = if value.is_empty() { "" } else { " " };
-            // Writing to a string cannot fail.
-            let _ = writeln!(text, "{name}:{space}{value}");
-        };
+        let mut line = |name: &str, value: &str| push_line(&mut text, name, value);
         line("image", &self.filename);
         line("file format", self.format);
         line("virtual size", &size);
-        line("disk size", &human_size(self.actual_size));
+        line("disk size", &output::human_size(self.actual_size));
         if self.encrypted.is_some() {
             line("encrypted", "yes");
         }
@@ -234,6 +277,7 @@ impl ImageInfo {
         if let Some(declaration) = &self.seethrough {
             line("seethrough", &declaration.to_string());
         }
+        figures_human(&self.figures, &mut line);
         text
     }
 }
@@ -286,53 +330,14 @@ impl Qcow2Specific {
 }
 
 /// Our extension as JSON, or what there is instead as a string.
-fn declaration(data: &[u8]) -> serde_json::Value {
+fn declaration(data: &[u8]) -> Value {
     serde_json::from_slice(data)
-        .unwrap_or_else(|_| serde_json::Value::String(String::from_utf8_lossy(data).into_owned()))
-}
-
-/// Three significant digits and a binary unit.
-fn human_size(bytes: u64) -> String {
-    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1000.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    let decimals = match value {
-        _ if value >= 100.0 => 0,
-        _ if value >= 10.0 => 1,
-        _ if value >= 1.0 => 2,
-        _ => 3,
-    };
-    let mut digits = format!("{value:.decimals$}");
-    if digits.contains('.') {
-        digits.truncate(digits.trim_end_matches('0').trim_end_matches('.').len());
-    }
-    format!("{digits} {}", UNITS.get(unit).unwrap_or(&""))
+        .unwrap_or_else(|_| Value::String(String::from_utf8_lossy(data).into_owned()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_have_three_digits_and_a_unit() {
-        for (bytes, text) in [
-            (0, "0 B"),
-            (512, "512 B"),
-            (1000, "0.977 KiB"),
-            (196_608, "192 KiB"),
-            (200_704, "196 KiB"),
-            (1 << 30, "1 GiB"),
-            (3 << 29, "1.5 GiB"),
-            (10 << 40, "10 TiB"),
-            (u64::MAX, "16 EiB"),
-        ] {
-            assert_eq!(human_size(bytes), text);
-        }
-    }
 
     #[test]
     fn names_from_an_image_cannot_forge_lines() {
@@ -344,7 +349,7 @@ mod tests {
             virtual_size: 1 << 20,
             header: Some(header.with_extension(SEETHROUGH_EXTENSION, b"no JSON".to_vec())),
         };
-        let text = ImageInfo::of(&image).unwrap().human();
+        let text = ImageInfo::of(&image, Vec::new()).unwrap().human();
         assert!(text.contains("backing file: a?encrypted (actual path"), "{text}");
         assert!(text.contains("    extended l2: false\n"), "{text}");
         assert!(text.contains("seethrough: \"no JSON\"\n"), "{text}");

@@ -8,6 +8,7 @@
 
 mod create_child;
 mod disks;
+mod figures;
 pub mod options;
 pub mod output;
 pub mod progress;

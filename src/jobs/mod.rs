@@ -4,4 +4,5 @@
 //! A job takes open images and a [`crate::progress::Progress`]; it prints nothing and knows no arguments.
 
 pub mod extents;
+pub mod figures;
 pub mod map;

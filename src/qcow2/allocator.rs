@@ -393,6 +393,40 @@ pub(super) struct Growth {
     blocks: Vec<HostOffset>,
 }
 
+/// How many refcount blocks, and how many clusters of its own, a larger table needs; the blocks cover themselves and
+/// the table.
+///
+/// # Errors
+/// [`ErrorKind::NoSpace`] at the limit of `max_bytes`.
+pub(super) fn size_growth(
+    geometry: &Geometry,
+    old_entries: u64,
+    max_bytes: u64,
+) -> Result<(u64, u64)> {
+    let cluster_size = geometry.cluster_size();
+    let old_clusters = old_entries * 8 / cluster_size;
+    let mut table_clusters = old_clusters + old_clusters.div_ceil(2);
+    let mut blocks = 1;
+    loop {
+        if blocks + table_clusters > blocks * geometry.block_entries() {
+            blocks += 1;
+        } else if (old_entries + blocks) * 8 > table_clusters * cluster_size {
+            table_clusters += 1;
+        } else {
+            break;
+        }
+    }
+    if table_clusters * cluster_size > max_bytes {
+        return Err(Error::new(
+            ErrorKind::NoSpace,
+            format!(
+                "the refcount table has reached its limit of {max_bytes} bytes: use larger clusters"
+            ),
+        ));
+    }
+    Ok((blocks, table_clusters))
+}
+
 /// Writing back and growing the refcount table.
 impl Allocator {
     /// Copies every dirty sector of the refcount table; they are clean from then on unless
@@ -442,7 +476,7 @@ impl Allocator {
         let old_entries = state.table.len() as u64;
         let old_clusters = old_entries * 8 / cluster_size;
         let start = old_entries * per_block;
-        let (blocks, table_clusters) = self.size_growth(old_entries, max_bytes)?;
+        let (blocks, table_clusters) = size_growth(&self.geometry, old_entries, max_bytes)?;
         // The copy in `bytes` has all of them; what changes from now on is dirty again.
         state.dirty_sectors.clear();
         let (old_at, mut words) = (state.table_at, state.table.clone());
@@ -471,32 +505,6 @@ impl Allocator {
             bytes: words.iter().flat_map(|word| word.to_be_bytes()).collect(),
             blocks: placed,
         })
-    }
-
-    /// How many refcount blocks and clusters a larger table needs; the blocks cover themselves and the table.
-    fn size_growth(&self, old_entries: u64, max_bytes: u64) -> Result<(u64, u64)> {
-        let cluster_size = self.geometry.cluster_size();
-        let old_clusters = old_entries * 8 / cluster_size;
-        let mut table_clusters = old_clusters + old_clusters.div_ceil(2);
-        let mut blocks = 1;
-        loop {
-            if blocks + table_clusters > blocks * self.geometry.block_entries() {
-                blocks += 1;
-            } else if (old_entries + blocks) * 8 > table_clusters * cluster_size {
-                table_clusters += 1;
-            } else {
-                break;
-            }
-        }
-        if table_clusters * cluster_size > max_bytes {
-            return Err(Error::new(
-                ErrorKind::NoSpace,
-                format!(
-                    "the refcount table has reached its limit of {max_bytes} bytes: use larger clusters"
-                ),
-            ));
-        }
-        Ok((blocks, table_clusters))
     }
 
     /// Goes back to the old table after the new one could not be written.

@@ -180,6 +180,29 @@ pub async fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<()
     storage.flush().await
 }
 
+/// An empty image that is not written: its header, with the tables placed.
+pub(super) struct EmptyImage {
+    pub(super) header: Header,
+    /// Refcount blocks that it has.
+    pub(super) refcount_blocks: u64,
+    /// Clusters of its file, all in use.
+    pub(super) clusters: u64,
+}
+
+/// What [`create()`] would make.
+///
+/// # Errors
+/// [`ErrorKind::InvalidConfig`] as [`create()`].
+pub(super) fn plan_empty(options: &CreateOptions) -> Result<EmptyImage> {
+    let mut header = options.header()?;
+    let layout = Layout::plan(&mut header)?;
+    Ok(EmptyImage {
+        header,
+        refcount_blocks: layout.refcount_blocks,
+        clusters: layout.clusters,
+    })
+}
+
 /// Which clusters hold what; all of them are metadata, with refcount 1.
 struct Layout {
     refcount_blocks_at: HostOffset,

@@ -154,7 +154,11 @@ impl Qcow2 {
     }
 }
 
-async fn read_table(storage: &dyn Storage, at: HostOffset, len: u64) -> Result<Vec<u8>> {
+/// The `len` bytes of a table at `at`.
+///
+/// # Errors
+/// The storage's.
+pub(super) async fn read_table(storage: &dyn Storage, at: HostOffset, len: u64) -> Result<Vec<u8>> {
     let buf = IoBuf::zeroed(to_usize(len));
     if len > 0 {
         storage.readv(at, buf.clone()).await?;

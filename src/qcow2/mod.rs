@@ -14,6 +14,7 @@ mod address_hash;
 mod allocation;
 mod allocator;
 pub mod bitmap;
+pub mod commitment;
 pub mod compressed;
 mod cow;
 pub mod create;
