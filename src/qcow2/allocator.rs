@@ -304,12 +304,8 @@ impl Allocator {
     /// Where the slice of `block` begins that holds the refcount of `cluster`, the cluster's index in it, and the
     /// clusters that it covers.
     fn slice_of(&self, block: HostOffset, cluster: u64) -> (HostOffset, u64, Range<u64>) {
-        let per_slice = (self.blocks.slice_size() * 8) >> self.geometry.refcount_order();
-        let in_block = cluster % self.geometry.block_entries();
-        let within = in_block % per_slice;
-        let at = HostOffset(block.0 + in_block / per_slice * self.blocks.slice_size());
-        let first = cluster - within;
-        (at, within, first..first + per_slice)
+        self.geometry
+            .refcount_slice(self.blocks.slice_size(), block, HostCluster(cluster))
     }
 
     /// Makes the refcount block for the clusters around `next`, in the very cluster `next`: it describes itself.

@@ -150,6 +150,27 @@ impl Geometry {
         (self.cluster_size() * 8) >> self.refcount_order
     }
 
+    /// The most that a refcount can say.
+    pub(super) fn max_refcount(&self) -> u64 {
+        u64::MAX >> (64 - (1u32 << self.refcount_order))
+    }
+
+    /// Where the slice of the refcount block at `block` begins that holds the refcount of `cluster`, with slices of
+    /// `slice_size` bytes; the cluster's index in it, and the clusters that it covers.
+    pub(super) fn refcount_slice(
+        &self,
+        slice_size: u64,
+        block: HostOffset,
+        cluster: HostCluster,
+    ) -> (HostOffset, u64, Range<u64>) {
+        let per_slice = (slice_size * 8) >> self.refcount_order;
+        let in_block = cluster.0 % self.block_entries();
+        let within = in_block % per_slice;
+        let at = HostOffset(block.0 + in_block / per_slice * slice_size);
+        let first = cluster.0 - within;
+        (at, within, first..first + per_slice)
+    }
+
     /// Bytes that a disk of `size` bytes needs for its L2 tables, all together.
     pub(super) fn l2_bytes_for(&self, size: u64) -> u64 {
         size.div_ceil(self.cluster_size()) << self.l2_entry_bits()

@@ -71,19 +71,31 @@ pub struct Snapshot {
 /// # Errors
 /// [`ErrorKind::Unsupported`] for a table beyond stock QEMU's limits; the storage's.
 pub async fn read_snapshots(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
+    let (snapshots, _) = read_table(storage, header).await?;
+    Ok(snapshots)
+}
+
+/// As [`read_snapshots`], with the bytes that the table takes.
+///
+/// # Errors
+/// As [`read_snapshots`].
+pub(super) async fn read_table(
+    storage: &dyn Storage,
+    header: &Header,
+) -> Result<(Vec<Snapshot>, u64)> {
     let mut reader = Reader::new(storage, header.snapshots_offset);
     let mut snapshots = Vec::new();
     for number in 0..header.nb_snapshots {
         snapshots.push(reader.entry(number).await?);
     }
-    Ok(snapshots)
+    Ok((snapshots, reader.taken()))
 }
 
 /// The bytes that snapshots take up in an image's table.
 ///
 /// # Errors
 /// [`ErrorKind::InvalidConfig`] for an ID or a name that is too long, [`ErrorKind::Unsupported`] for a table that is.
-pub fn encode_snapshots(snapshots: &[Snapshot]) -> Result<Vec<u8>> {
+pub(super) fn encode_snapshots(snapshots: &[Snapshot]) -> Result<Vec<u8>> {
     let mut table = Vec::new();
     for snapshot in snapshots {
         snapshot.encode(&mut table)?;
@@ -124,7 +136,7 @@ impl Snapshot {
     /// # Errors
     /// [`ErrorKind::Corrupt`] for a table that breaks a rule of the format, [`ErrorKind::Unsupported`] for one that is
     /// larger than stock QEMU takes.
-    pub fn l1_table(&self, cluster_size: u64) -> Result<(HostOffset, u64)> {
+    pub(super) fn l1_table(&self, cluster_size: u64) -> Result<(HostOffset, u64)> {
         let (at, len) = (self.l1_table_offset, u64::from(self.l1_size) * 8);
         if len > MAX_L1_TABLE_BYTES {
             return Err(Error::new(
@@ -230,11 +242,16 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// Bytes taken so far.
+    fn taken(&self) -> u64 {
+        self.read - self.ahead.len() as u64
+    }
+
     /// The next `len` bytes.
     async fn take(&mut self, len: usize) -> Result<Vec<u8>> {
         while self.ahead.len() < len {
             // Invariant 1: what was taken counts, and not what a chunk reads ahead.
-            check_table_size(self.read - self.ahead.len() as u64 + len as u64)?;
+            check_table_size(self.taken() + len as u64)?;
             let chunk = IoBuf::zeroed(CHUNK);
             let at = HostOffset(self.start.0 + self.read);
             self.storage.readv(at, chunk.clone()).await?;

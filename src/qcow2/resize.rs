@@ -1,0 +1,135 @@
+//! Changing the length of a disk (qcow2 specification, "Header": `size`, `l1_size`).
+//!
+//! # Invariants
+//!
+//! 1. Shrinking is one new revision of the metadata (`qcow2::revision`): the disk has its old length with all its
+//!    bytes, or the new one, and what lay behind it is free.
+//! 2. Growing writes the larger L1 table first, then whatever keeps old bytes from showing, and once that is durable
+//!    the size: the disk has its old length, or the new one with zeros behind the old.
+//! 3. New bytes read as zeros, whatever lay there: the rest of the last cluster, a VM's state, or a backing image that
+//!    is longer than the disk was.
+
+use super::engine::Qcow2;
+use super::features::IncompatibleFeatures;
+use super::header::{Header, Version};
+use super::mapping::ReadMapping;
+use super::revision::Revision;
+use super::snapshot::require_no_bitmaps;
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::ZeroMode;
+use crate::units::{GuestOffset, SECTOR_SIZE};
+
+impl Qcow2 {
+    /// Makes the disk `size` bytes long; the image is opened anew. What a shorter disk no longer has is gone.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfig`] for a size that is no multiple of 512, [`ErrorKind::Unsupported`] if the image
+    /// cannot change its size, or not to this one; [`ErrorKind::Corrupt`] for broken metadata,
+    /// [`ErrorKind::NoSpace`], and the storage's. The disk then has its old length.
+    pub async fn resize(self, size: u64) -> Result<Self> {
+        if !size.is_multiple_of(SECTOR_SIZE) {
+            return Err(Error::new(
+                ErrorKind::InvalidConfig,
+                format!("a disk of {size} bytes: the size must be a multiple of {SECTOR_SIZE}"),
+            ));
+        }
+        require_resizable(&*self.header.lock().await)?;
+        if size < self.virtual_size {
+            self.revise(async |revision| shrink(revision, size).await)
+                .await
+        } else {
+            self.grow(size).await
+        }
+    }
+
+    /// Invariant 2.
+    async fn grow(self, size: u64) -> Result<Self> {
+        let old_size = self.virtual_size;
+        let mut image = self
+            .revise(async |revision| grow_l1(revision, size).await)
+            .await?;
+        // In memory alone so far: the header still has the old size.
+        image.virtual_size = size;
+        image.begin_writing().await?;
+        image.hide_old_bytes(old_size).await?;
+        image.flush_all().await?;
+        image.update_header(|header| header.size = size).await?;
+        image.storage.flush().await?;
+        let Self {
+            storage,
+            backing,
+            access,
+            ..
+        } = image;
+        Self::open(storage, backing, access).await
+    }
+
+    /// Makes everything from `old_size` to the end of the disk read as zeros (invariant 3); behind the last cluster
+    /// of the old disk, only a backing image can have other bytes.
+    async fn hide_old_bytes(&self, old_size: u64) -> Result<()> {
+        let last_cluster_end = old_size.next_multiple_of(self.geometry.cluster_size());
+        let mut at = old_size;
+        while at < last_cluster_end.min(self.virtual_size) {
+            let left = last_cluster_end.min(self.virtual_size) - at;
+            let (mapping, run) = self.find_read(GuestOffset(at), left).await?;
+            if matches!(mapping, ReadMapping::Data(_) | ReadMapping::Compressed(_)) {
+                self.zero_range(GuestOffset(at), run, ZeroMode::MayUnmap)
+                    .await?;
+            }
+            at += run;
+        }
+        let backed_to = match &self.backing {
+            Some(backing) => backing.virtual_size(),
+            // It is not known how long the backing image is.
+            None if self.has_backing => u64::MAX,
+            None => 0,
+        };
+        let hidden = backed_to.min(self.virtual_size);
+        match hidden.checked_sub(old_size) {
+            None | Some(0) => Ok(()),
+            Some(len) => {
+                self.zero_range(GuestOffset(old_size), len, ZeroMode::MayUnmap)
+                    .await
+            }
+        }
+    }
+}
+
+async fn shrink(revision: &mut Revision, size: u64) -> Result<Header> {
+    let mut l1 = revision.active_l1().await?;
+    revision.cut(&mut l1, size).await?;
+    l1.truncate(revision.l1_entries_for(size)?);
+    let mut header = revision.replace_l1(&l1).await?;
+    header.size = size;
+    Ok(header)
+}
+
+/// Makes room in the L1 table for a disk of `size` bytes, which does not have its new length yet.
+async fn grow_l1(revision: &mut Revision, size: u64) -> Result<Header> {
+    let mut l1 = revision.active_l1().await?;
+    // What lies behind the disk is a VM's state that was left there: it must not become part of the disk.
+    let old_size = revision.header.virtual_size();
+    revision.cut(&mut l1, old_size).await?;
+    let needed = revision.l1_entries_for(size)?;
+    l1.resize(needed.max(l1.len()), 0);
+    revision.replace_l1(&l1).await
+}
+
+/// Whether the format lets the image change its size.
+fn require_resizable(header: &Header) -> Result<()> {
+    if header.version == Version::V2 && header.nb_snapshots > 0 {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "a version 2 image with snapshots cannot change its size: delete them first, with \
+             `seethrough snapshot -d NAME IMAGE`",
+        ));
+    }
+    let external = IncompatibleFeatures::EXTERNAL_DATA_FILE;
+    if header.incompatible_features.contains(external) {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "an image with an external data file cannot change its size: make a copy without one",
+        ));
+    }
+    require_no_bitmaps(header, "its size changes")
+}

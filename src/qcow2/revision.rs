@@ -1,0 +1,450 @@
+//! A new revision of an image's metadata, made beside the one in force and brought into force by one write of the
+//! header: how snapshots and sizes change (qcow2 specification, "Header", "Snapshots").
+//!
+//! ```text
+//! in force   header ─> L1, L2 tables, snapshot table, refcount table, refcount blocks
+//! new                  copies of those that change, in clusters that are free ─ barrier ─> header ─ barrier ─> punch
+//! ```
+//!
+//! # Invariants
+//!
+//! Numbers in brackets are those of the crash order in `qcow2::flush`.
+//!
+//! 1. Nothing that the revision in force leads to is written, and no cluster that it counts. So a crash before the
+//!    header is written, or any failure, leaves the image as it was, without even a leak.
+//! 2. \[rules 2, 5, 6, 7, 8\] All that the new revision leads to is durable before the header is written.
+//! 3. The header changes in one write within one sector: size, L1 table, snapshot table and refcount table at once.
+//!    Whatever a crash leaves is the old revision or the new one, and both have exact refcounts and COPIED flags.
+//! 4. \[rule 4\] What only the old revision needed is punched out after the header is durable, and used for nothing
+//!    before the image is opened anew.
+//! 5. Nobody else has the image open: who takes a [`Qcow2`] by value has its only user.
+
+use std::sync::Arc;
+
+use super::cow::references;
+use super::engine::Qcow2;
+use super::entry::{Cluster, Defect, L1Entry, L2Entry};
+use super::geometry::{Geometry, to_usize};
+use super::header::{Header, MAX_L1_TABLE_BYTES};
+use super::health::require_refcounts;
+use super::l2_table::L2Table;
+use super::revision_refcounts::{NewRefcounts, corrupt};
+use super::snapshot_table::{Snapshot, encode_snapshots, read_table};
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Storage;
+use crate::sys::IoBuf;
+use crate::units::{HostCluster, HostOffset};
+
+/// What happens to references.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Counting {
+    /// There is one more of each.
+    Add,
+    /// There is one less of each.
+    Drop,
+}
+
+/// Metadata that is not in force yet.
+pub(super) struct Revision {
+    storage: Arc<dyn Storage>,
+    geometry: Geometry,
+    /// The header in force.
+    pub(super) header: Header,
+    /// The snapshots in force.
+    pub(super) snapshots: Vec<Snapshot>,
+    snapshot_table_len: u64,
+    refcounts: NewRefcounts,
+    len_in_force: u64,
+}
+
+impl Qcow2 {
+    /// Ends all work on the image, brings the revision into force that `work` makes, with the header that it returns,
+    /// and opens the image anew.
+    ///
+    /// # Errors
+    /// Those of `work` and of [`Revision::begin`], and the storage's; unless it is the header's write that fails,
+    /// nothing has changed then.
+    pub(super) async fn revise(
+        self,
+        work: impl AsyncFnOnce(&mut Revision) -> Result<Header>,
+    ) -> Result<Self> {
+        self.flush_all().await?;
+        let Self {
+            storage,
+            backing,
+            access,
+            ..
+        } = self;
+        let mut revision = Revision::begin(Arc::clone(&storage)).await?;
+        let prepared = async {
+            let mut header = work(&mut revision).await?;
+            revision.prepare(&mut header).await?;
+            Ok(header)
+        };
+        match prepared.await {
+            Ok(header) => revision.bring_into_force(&header).await?,
+            Err(error) => {
+                // Invariant 1.
+                revision.abandon().await;
+                return Err(error);
+            }
+        }
+        Self::open(storage, backing, access).await
+    }
+}
+
+impl Revision {
+    /// Starts from what is in force in `storage`, an image that nobody has open.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for an image whose refcounts cannot be relied on; those of [`Header::read`],
+    /// [`Header::require_writable`], [`read_table`] and the storage.
+    pub(super) async fn begin(storage: Arc<dyn Storage>) -> Result<Self> {
+        let header = Header::read(storage.as_ref()).await?;
+        header.require_writable()?;
+        require_refcounts(&header)?;
+        let (snapshots, snapshot_table_len) = read_table(storage.as_ref(), &header).await?;
+        let refcounts = NewRefcounts::read(Arc::clone(&storage), &header).await?;
+        let revision = Self {
+            geometry: Geometry::new(&header),
+            len_in_force: storage.len(),
+            storage,
+            header,
+            snapshots,
+            snapshot_table_len,
+            refcounts,
+        };
+        revision.check_counted().await?;
+        Ok(revision)
+    }
+
+    /// Checks that refcounts protect the metadata in force, as far as the header tells of it.
+    async fn check_counted(&self) -> Result<()> {
+        self.refcounts.check_own_clusters().await?;
+        let cluster_size = self.geometry.cluster_size();
+        let ranges = [
+            (HostOffset(0), cluster_size),
+            (
+                self.header.l1_table_offset,
+                u64::from(self.header.l1_size) * 8,
+            ),
+            (self.header.snapshots_offset, self.snapshot_table_len),
+        ];
+        for (at, len) in ranges {
+            let first = self.geometry.host_cluster(at);
+            self.refcounts
+                .check_counted(first, len.div_ceil(cluster_size))
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// The words of the active L1 table.
+    ///
+    /// # Errors
+    /// The storage's.
+    pub(super) async fn active_l1(&self) -> Result<Vec<u64>> {
+        let len = u64::from(self.header.l1_size) * 8;
+        self.read_l1(self.header.l1_table_offset, len).await
+    }
+
+    /// The words of a snapshot's L1 table.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] and [`ErrorKind::Unsupported`] for a table that cannot be one; the storage's.
+    pub(super) async fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
+        let (at, len) = snapshot.l1_table(self.geometry.cluster_size())?;
+        self.read_l1(at, len).await
+    }
+
+    async fn read_l1(&self, at: HostOffset, len: u64) -> Result<Vec<u64>> {
+        let buf = IoBuf::zeroed(to_usize(len));
+        if len > 0 {
+            self.storage.readv(at, buf.clone()).await?;
+        }
+        let bytes = buf.to_vec();
+        let (words, _) = bytes.as_chunks::<8>();
+        Ok(words.iter().map(|word| u64::from_be_bytes(*word)).collect())
+    }
+
+    /// Entries of the L1 table of a disk of `size` bytes: at least one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] beyond stock QEMU's limit.
+    pub(super) fn l1_entries_for(&self, size: u64) -> Result<usize> {
+        let entries = self.header.l1_entries_for(size).max(1);
+        if entries > MAX_L1_TABLE_BYTES / 8 {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "a disk of {size} bytes needs an L1 table of more than {MAX_L1_TABLE_BYTES} bytes: make a copy of \
+                     the image with larger clusters (the option cluster_size)"
+                ),
+            ));
+        }
+        Ok(to_usize(entries))
+    }
+
+    /// Counts every reference below the words of an L1 table once more, or once less: those of L2 tables, and those
+    /// of their entries.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for broken entries and refcounts, [`ErrorKind::Unsupported`] where a refcount's width
+    /// does not do; the storage's.
+    pub(super) async fn count(&mut self, l1: &[u64], counting: Counting) -> Result<()> {
+        for word in l1 {
+            let Some(table_at) = self.l1_entry(*word)?.table else {
+                continue;
+            };
+            let cluster = self.geometry.host_cluster(table_at);
+            self.count_one(cluster, counting).await?;
+            let table = self.read_table(table_at).await?;
+            for index in 0..table.len() {
+                let entry = self.l2_entry(&table, table_at, index)?;
+                self.count_entry(&entry, counting).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn count_entry(&mut self, entry: &L2Entry, counting: Counting) -> Result<()> {
+        for cluster in references(&self.geometry, entry) {
+            self.count_one(cluster, counting).await?;
+        }
+        Ok(())
+    }
+
+    async fn count_one(&mut self, cluster: HostCluster, counting: Counting) -> Result<()> {
+        match counting {
+            Counting::Add => self.refcounts.add(cluster).await,
+            Counting::Drop => self.refcounts.drop_one(cluster).await,
+        }
+    }
+
+    /// Brings the COPIED flags up to date in an L1 table that becomes the active one, and in its L2 tables, which move
+    /// where their flags change. `holders` L1 tables are going to have the words: that many references move along.
+    ///
+    /// # Errors
+    /// As [`Revision::count`].
+    pub(super) async fn refresh_copied(&mut self, l1: &mut [u64], holders: u64) -> Result<()> {
+        for word in l1 {
+            let Some(mut table_at) = self.l1_entry(*word)?.table else {
+                continue;
+            };
+            let mut table = self.read_table(table_at).await?;
+            if self.refresh_entries(&mut table, table_at).await? {
+                table_at = self.move_table(table_at, &table, holders).await?;
+            }
+            let cluster = self.geometry.host_cluster(table_at);
+            let entry = L1Entry {
+                table: Some(table_at),
+                copied: self.refcounts.get(cluster).await? == 1,
+            };
+            *word = entry.encode();
+        }
+        Ok(())
+    }
+
+    /// Whether any flag has changed.
+    async fn refresh_entries(&self, table: &mut L2Table, table_at: HostOffset) -> Result<bool> {
+        let mut changed = false;
+        for index in 0..table.len() {
+            // A compressed cluster never has the flag.
+            let L2Entry::Plain(mut cluster) = self.l2_entry(table, table_at, index)? else {
+                continue;
+            };
+            let Some(host) = cluster.host else { continue };
+            let copied = self.refcounts.get(self.geometry.host_cluster(host)).await? == 1;
+            if cluster.copied != copied {
+                cluster.copied = copied;
+                table.set(index, cluster);
+                changed = true;
+            }
+        }
+        Ok(changed)
+    }
+
+    /// Takes everything out of an L1 table that lies behind guest byte `end`, as far as whole clusters go.
+    ///
+    /// # Errors
+    /// As [`Revision::count`].
+    pub(super) async fn cut(&mut self, l1: &mut [u64], end: u64) -> Result<()> {
+        let clusters = end.div_ceil(self.geometry.cluster_size());
+        let per_table = self.header.l2_entries();
+        let kept_whole = to_usize(clusters / per_table).min(l1.len());
+        let kept_of_next = to_usize(clusters % per_table);
+        let (_, behind) = l1.split_at_mut(kept_whole);
+        let dropped = match behind.split_first_mut() {
+            Some((boundary, rest)) if kept_of_next > 0 => {
+                self.cut_table(boundary, kept_of_next).await?;
+                rest
+            }
+            _ => behind,
+        };
+        self.count(dropped, Counting::Drop).await?;
+        dropped.fill(0);
+        Ok(())
+    }
+
+    /// Empties the entries of an L2 table from the one at `kept` on.
+    async fn cut_table(&mut self, word: &mut u64, kept: usize) -> Result<()> {
+        let Some(table_at) = self.l1_entry(*word)?.table else {
+            return Ok(());
+        };
+        let mut table = self.read_table(table_at).await?;
+        let mut changed = false;
+        for index in kept..table.len() {
+            let entry = self.l2_entry(&table, table_at, index)?;
+            self.count_entry(&entry, Counting::Drop).await?;
+            changed |= entry != L2Entry::Plain(Cluster::default());
+            table.set(index, Cluster::default());
+        }
+        if changed {
+            let entry = L1Entry {
+                table: Some(self.move_table(table_at, &table, 1).await?),
+                copied: true,
+            };
+            *word = entry.encode();
+        }
+        Ok(())
+    }
+
+    /// Writes a changed L2 table to a new place; `holders` references move there.
+    async fn move_table(
+        &mut self,
+        from: HostOffset,
+        table: &L2Table,
+        holders: u64,
+    ) -> Result<HostOffset> {
+        let to = self.place(table.bytes()).await?;
+        for held in 0..holders {
+            if held > 0 {
+                self.refcounts.add(self.geometry.host_cluster(to)).await?;
+            }
+            self.refcounts
+                .drop_one(self.geometry.host_cluster(from))
+                .await?;
+        }
+        Ok(to)
+    }
+
+    /// Writes bytes to new clusters of their own; none for no bytes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`]; the storage's.
+    pub(super) async fn place(&mut self, bytes: &[u8]) -> Result<HostOffset> {
+        if bytes.is_empty() {
+            return Ok(HostOffset(0));
+        }
+        let size = self.geometry.cluster_size();
+        let clusters = (bytes.len() as u64).div_ceil(size);
+        let at = self
+            .geometry
+            .host_start(self.refcounts.take(clusters).await?);
+        let mut whole = bytes.to_vec();
+        whole.resize(to_usize(clusters * size), 0);
+        self.storage.writev(at, IoBuf::from_bytes(&whole)).await?;
+        Ok(at)
+    }
+
+    /// As [`Revision::place`], for the words of an L1 table.
+    ///
+    /// # Errors
+    /// As [`Revision::place`].
+    pub(super) async fn place_l1(&mut self, l1: &[u64]) -> Result<HostOffset> {
+        let bytes: Vec<u8> = l1.iter().flat_map(|word| word.to_be_bytes()).collect();
+        self.place(&bytes).await
+    }
+
+    /// Puts an L1 table in place of the active one, and returns the header that leads to it.
+    ///
+    /// # Errors
+    /// As [`Revision::place`] and [`Revision::release`].
+    pub(super) async fn replace_l1(&mut self, l1: &[u64]) -> Result<Header> {
+        let mut header = self.header.clone();
+        self.release(header.l1_table_offset, u64::from(header.l1_size) * 8)
+            .await?;
+        header.l1_table_offset = self.place_l1(l1).await?;
+        header.l1_size = u32::try_from(l1.len()).expect("an L1 table has at most 4 Mi entries");
+        Ok(header)
+    }
+
+    /// Lets go of the clusters of a table of `len` bytes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if they are not counted; the storage's.
+    pub(super) async fn release(&mut self, at: HostOffset, len: u64) -> Result<()> {
+        let first = self.geometry.host_cluster(at).0;
+        for cluster in first..first + len.div_ceil(self.geometry.cluster_size()) {
+            self.refcounts.drop_one(HostCluster(cluster)).await?;
+        }
+        Ok(())
+    }
+
+    /// Puts a table of `snapshots` in place of the one in force, and returns where it lies.
+    ///
+    /// # Errors
+    /// Those of [`encode_snapshots`] and [`Revision::place`].
+    pub(super) async fn replace_snapshots(&mut self, snapshots: &[Snapshot]) -> Result<HostOffset> {
+        let old_at = self.header.snapshots_offset;
+        self.release(old_at, self.snapshot_table_len).await?;
+        self.place(&encode_snapshots(snapshots)?).await
+    }
+
+    /// Writes the refcounts, and makes all durable that `header` is going to lead to (invariant 2).
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`]; the storage's.
+    async fn prepare(&mut self, header: &mut Header) -> Result<()> {
+        let table = self.refcounts.write().await?;
+        header.refcount_table_offset = table.at;
+        header.refcount_table_clusters = table.clusters;
+        // The bitmaps' bit stays: what they say of the disk is as true as before.
+        let unknown = header.autoclear_features.unknown();
+        header.autoclear_features = header.autoclear_features.without(unknown);
+        self.storage.flush().await
+    }
+
+    /// Gives the room back that a revision has taken which does not come into force. A hint: no one knows of it.
+    async fn abandon(&self) {
+        if let Err(error) = self.storage.set_len(self.len_in_force).await {
+            log::debug!(
+                "{}: it stays longer than it was: {error}",
+                self.storage.name()
+            );
+        }
+    }
+
+    /// Makes `header` the one in force (invariant 3), and gives the room back that is free now (invariant 4).
+    ///
+    /// # Errors
+    /// The storage's; which revision is in force is not known then.
+    async fn bring_into_force(&self, header: &Header) -> Result<()> {
+        let fields = IoBuf::from_bytes(&header.encode_fields());
+        self.storage.writev(HostOffset(0), fields).await?;
+        self.storage.flush().await?;
+        self.refcounts.punch_freed().await;
+        Ok(())
+    }
+
+    async fn read_table(&self, at: HostOffset) -> Result<L2Table> {
+        let buf = IoBuf::zeroed(to_usize(self.geometry.cluster_size()));
+        self.storage.readv(at, buf.clone()).await?;
+        Ok(L2Table::new(self.geometry, buf.to_vec()))
+    }
+
+    fn l1_entry(&self, word: u64) -> Result<L1Entry> {
+        L1Entry::decode(&self.geometry, word)
+            .map_err(|defect| broken(&format!("L1 entry {word:#x}"), defect))
+    }
+
+    fn l2_entry(&self, table: &L2Table, at: HostOffset, index: usize) -> Result<L2Entry> {
+        table
+            .entry(index)
+            .map_err(|defect| broken(&format!("entry {index} of the L2 table at {at:#x}"), defect))
+    }
+}
+
+fn broken(what: &str, defect: Defect) -> Error {
+    corrupt(&format!("{what} {}", defect.describe()))
+}
