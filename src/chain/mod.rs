@@ -5,5 +5,6 @@ pub mod create;
 pub mod format;
 pub mod host;
 pub mod inspect;
+pub mod part_file;
 pub mod registry;
 pub mod single;

@@ -13,12 +13,12 @@ use crate::chain::host::Locking;
 use crate::chain::inspect::{Unnamed, inspect_chain};
 use crate::chain::registry::file_id;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::qcow2::create::{BackingReference, CreateOptions, L2Entries, RefcountUpdates};
-use crate::qcow2::header::{CompressionType, Version};
+use crate::qcow2::create::BackingReference;
 use crate::sys::block_on;
 
 use super::create_child::{ChildRequest, Report};
-use super::options::{parse_format, parse_key_values, parse_size, parse_switch};
+use super::creation_options::CreationOptions;
+use super::options::{parse_format, parse_size};
 use super::output;
 
 /// Arguments of `create`.
@@ -68,14 +68,7 @@ impl Create {
     /// # Errors
     /// What [`create`] and the look at the backing image may fail with.
     pub fn run(self) -> Result<()> {
-        let mut options = Options::default();
-        let mut given = Vec::new();
-        for list in &self.options {
-            for (key, value) in parse_key_values(list)? {
-                options.set(&key, &value)?;
-                given.push(key);
-            }
-        }
+        let (options, given) = CreationOptions::parse(&self.options)?;
         if let (Some(base), false) = (&self.backing, self.regions.is_empty()) {
             return self.run_child(base, options, &given);
         }
@@ -87,7 +80,7 @@ impl Create {
         output::print(&format!("Formatting '{}', {image}\n", self.file.display()))
     }
 
-    fn run_child(&self, base: &OsStr, options: Options, given: &[String]) -> Result<()> {
+    fn run_child(&self, base: &OsStr, options: CreationOptions, given: &[String]) -> Result<()> {
         if self.format == Some(Format::Raw) {
             return Err(invalid("a child is a qcow2 image: leave -f out"));
         }
@@ -110,7 +103,7 @@ impl Create {
         block_on(child.run(report))
     }
 
-    fn new_image(&self, options: &Options) -> Result<NewImage> {
+    fn new_image(&self, options: &CreationOptions) -> Result<NewImage> {
         let backing = self.backing()?;
         let size = self.size.or(options.size);
         let size = match (size, &backing) {
@@ -126,18 +119,7 @@ impl Create {
         let format = self
             .format
             .unwrap_or(if qcow2 { Format::Qcow2 } else { Format::Raw });
-        match (format, backing, &options.qcow2_key) {
-            (Format::Qcow2, backing, _) => Ok(NewImage::Qcow2(CreateOptions {
-                size,
-                backing: backing.map(|(reference, _)| reference),
-                ..options.qcow2.clone()
-            })),
-            (Format::Raw, Some(_), _) => Err(invalid("a raw image has no backing image: use -f qcow2")),
-            (Format::Raw, None, Some(key)) => {
-                Err(invalid(format!("raw images have no option '{key}': use -f qcow2")))
-            }
-            (Format::Raw, None, None) => Ok(NewImage::Raw { size }),
-        }
+        options.image(format, size, backing.map(|(reference, _)| reference))
     }
 
     /// The backing image as the header shall name it, and its size if it was looked at.
@@ -180,100 +162,6 @@ impl Create {
 /// Whether both paths lead to one file; a file that is not there yet is no other's.
 fn is_same_file(a: &Path, b: &Path) -> bool {
     matches!((file_id(a), file_id(b)), (Ok(a), Ok(b)) if a == b)
-}
-
-/// What `-o` says.
-struct Options {
-    size: Option<u64>,
-    qcow2: CreateOptions,
-    /// An option that only qcow2 has.
-    qcow2_key: Option<String>,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            size: None,
-            qcow2: CreateOptions::new(0),
-            qcow2_key: None,
-        }
-    }
-}
-
-impl Options {
-    fn set(&mut self, key: &str, value: &str) -> Result<()> {
-        let wrong = || invalid(format!("'{key}={value}': no such value"));
-        let number = || parse_size(value).map_err(|error| invalid(format!("{key}: {error}")));
-        match key {
-            "size" => {
-                self.size = Some(number()?);
-                return Ok(());
-            }
-            "preallocation" => return refuse_preallocation(value),
-            "compat" => {
-                self.qcow2.version = match value {
-                    "0.10" | "v2" => Version::V2,
-                    "1.1" | "v3" => Version::V3,
-                    _ => return Err(wrong()),
-                };
-            }
-            "cluster_size" => self.qcow2.cluster_size = number()?,
-            "extended_l2" => {
-                self.qcow2.l2_entries = if parse_switch(key, value)? {
-                    L2Entries::Extended
-                } else {
-                    L2Entries::Standard
-                };
-            }
-            "refcount_bits" => self.qcow2.refcount_bits = number()?,
-            "lazy_refcounts" => {
-                self.qcow2.refcount_updates = if parse_switch(key, value)? {
-                    RefcountUpdates::Lazy
-                } else {
-                    RefcountUpdates::Eager
-                };
-            }
-            "compression_type" => {
-                self.qcow2.compression_type = match value {
-                    "zlib" => CompressionType::Deflate,
-                    "zstd" => CompressionType::Zstd,
-                    _ => return Err(wrong()),
-                };
-            }
-            _ => return Err(unknown_option(key)),
-        }
-        self.qcow2_key = Some(key.to_owned());
-        Ok(())
-    }
-}
-
-fn refuse_preallocation(value: &str) -> Result<()> {
-    match value {
-        "off" => Ok(()),
-        "metadata" | "falloc" | "full" => Err(Error::new(
-            ErrorKind::Unsupported,
-            format!("preallocation={value} is not supported: make the image with `qemu-img create`"),
-        )),
-        _ => Err(invalid(format!("'preallocation={value}': no such value"))),
-    }
-}
-
-fn unknown_option(key: &str) -> Error {
-    match key {
-        "backing_file" => invalid("name the backing image with -b, not with -o backing_file"),
-        "backing_fmt" => invalid("name the backing image's format with -F, not with -o backing_fmt"),
-        "encryption" | "data_file" | "data_file_raw" | "nocow" | "extent_size_hint" => {
-            Error::new(
-                ErrorKind::Unsupported,
-                format!("the option '{key}' is not supported"),
-            )
-        }
-        _ if key.starts_with("encrypt.") => Error::new(
-            ErrorKind::Unsupported,
-            format!("'{key}': encrypted images are not supported"),
-        ),
-        _ => invalid(format!("there is no option '{key}'")),
-    }
 }
 
 fn invalid(what: impl Into<Box<str>>) -> Error {

@@ -7,6 +7,7 @@
 //! option are `serve`'s.
 
 mod create_child;
+mod creation_options;
 mod disks;
 mod figures;
 pub mod options;

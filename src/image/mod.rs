@@ -5,6 +5,7 @@
 mod raw;
 mod read_only;
 
+use std::any::Any;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -111,7 +112,7 @@ pub struct Limits {
 ///
 /// Ranges that leave the disk fail with [`crate::error::ErrorKind::OutOfBounds`]; writes to a read-only
 /// disk with [`crate::error::ErrorKind::ReadOnly`].
-pub trait Image: Send + Sync {
+pub trait Image: Any + Send + Sync {
     /// The disk's length in bytes, as the guest sees it.
     fn virtual_size(&self) -> u64;
 

@@ -3,6 +3,9 @@
 //!
 //! A job takes open images and a [`crate::progress::Progress`]; it prints nothing and knows no arguments.
 
+pub mod copy;
 pub mod extents;
 pub mod figures;
+mod lanes;
 pub mod map;
+pub mod source;

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::storage::IoFuture;
 
 /// A piece of a request: a storage operation, or several steps in a box.
-pub(super) type Piece<'a> = IoFuture<'a>;
+pub(crate) type Piece<'a> = IoFuture<'a>;
 
 /// Pieces under way at the same time; more of them would only fill the rings of others.
 const WIDTH: usize = 16;
@@ -19,7 +19,7 @@ const WIDTH: usize = 16;
 ///
 /// # Errors
 /// The first failure; pieces not yet begun then stay undone.
-pub(super) async fn join_all<'a>(pieces: impl IntoIterator<Item = Piece<'a>>) -> Result<()> {
+pub(crate) async fn join_all<'a>(pieces: impl IntoIterator<Item = Piece<'a>>) -> Result<()> {
     let mut waiting = pieces.into_iter();
     let mut running: Vec<Piece<'a>> = Vec::new();
     let mut result = Ok(());

@@ -30,7 +30,7 @@ mod header_parse;
 pub mod header_update;
 mod health;
 mod image;
-mod join;
+pub(crate) mod join;
 mod l1;
 mod l2_table;
 mod mapping;

@@ -238,6 +238,26 @@ impl IoBuf {
         });
     }
 
+    /// Whether every byte of `range` is zero.
+    ///
+    /// # Panics
+    /// If the range does not lie inside the buffer.
+    #[must_use]
+    pub fn is_zero(&self, range: Range<usize>) -> bool {
+        const PIECE: usize = 512;
+        let mut piece = [0; PIECE];
+        let mut at = range.start;
+        while at < range.end {
+            let len = PIECE.min(range.end - at);
+            self.copy_to(at, &mut piece[..len]);
+            if piece[..len].iter().any(|byte| *byte != 0) {
+                return false;
+            }
+            at += len;
+        }
+        true
+    }
+
     /// A copy of the whole contents.
     #[must_use]
     pub fn to_vec(&self) -> Vec<u8> {
