@@ -353,14 +353,16 @@ impl FrontEnd {
 
     /// Leaves; the server must end well.
     pub(crate) fn leave(self) {
+        self.end().expect("the server ends well");
+    }
+
+    /// Leaves; how the server has ended.
+    pub(crate) fn end(self) -> Result<()> {
         let Self {
             protocol, server, ..
         } = self;
         drop(protocol);
-        server
-            .join()
-            .expect("the server does not panic")
-            .expect("the server ends well");
+        server.join().expect("the server does not panic")
     }
 }
 

@@ -9,7 +9,12 @@ use std::sync::atomic::Ordering;
 
 use disk::{Speed, TestDisk};
 use front_end::{DATA, EVENT_IDX, FrontEnd, INDIRECT, NEXT, Place, QUEUE_SIZE, WRITE};
-use seethrough::storage::ZeroMode;
+use seethrough::error::ErrorKind;
+use seethrough::image::{Access, Image};
+use seethrough::qcow2::Qcow2;
+use seethrough::qcow2::create::{CreateOptions, create};
+use seethrough::storage::{Fault, FaultStorage, MemoryStorage, Operation, Storage, ZeroMode};
+use seethrough::sys::block_on;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
@@ -428,6 +433,43 @@ fn without_the_write_cache_writes_are_flushed_before_they_complete() {
     f.next_used(0);
     assert_eq!(f.status(place), OK);
     f.leave();
+}
+
+/// What the guest is told of a barrier that failed on the host: that it failed, and from then on that nothing can
+/// be written, from whichever session, until the image is opened anew. What was acknowledged is there then.
+#[test]
+fn after_a_failed_barrier_guests_get_errors_until_the_image_is_opened_anew() {
+    let memory = Arc::new(MemoryStorage::default());
+    block_on(create(memory.as_ref(), &CreateOptions::new(1 << 20))).expect("an image");
+    let faults = Arc::new(FaultStorage::new(Arc::clone(&memory) as Arc<dyn Storage>));
+    let open = |storage: Arc<dyn Storage>| {
+        let image = block_on(Qcow2::open(storage, None, Access::ReadWrite));
+        Arc::new(image.expect("the image opens")) as Arc<dyn Image>
+    };
+    let statuses = |image: &Arc<dyn Image>, requests: &[(u32, u64)]| {
+        let mut f = FrontEnd::new(Arc::clone(image), 1, 1 << 9);
+        let requests = requests.iter().map(|(kind, sector)| {
+            let len = if *kind == FLUSH { 0 } else { 512 };
+            let place = f.request(0, 0, *kind, *sector, len);
+            f.kick(0);
+            f.next_used(0);
+            f.status(place)
+        });
+        let statuses: Vec<u8> = requests.collect();
+        (statuses, f.end().map_err(|error| error.kind()))
+    };
+
+    let image = open(Arc::clone(&faults) as Arc<dyn Storage>);
+    let requests = [(WRITE_REQUEST, 0), (FLUSH, 0), (WRITE_REQUEST, 8)];
+    assert_eq!(statuses(&image, &requests), (vec![OK; 3], Ok(())));
+    faults.inject(Fault::nth(0, ErrorKind::Io).only(Operation::Flush));
+    let requests = [(FLUSH, 0), (FLUSH, 0), (WRITE_REQUEST, 0), (READ, 0)];
+    let refused = (vec![IOERR, IOERR, IOERR, OK], Err(ErrorKind::Poisoned));
+    assert_eq!(statuses(&image, &requests), refused);
+    assert_eq!(statuses(&image, &requests), refused, "in another session");
+    drop(image);
+    let image = open(memory as Arc<dyn Storage>);
+    assert_eq!(statuses(&image, &requests), (vec![OK; 4], Ok(())));
 }
 
 #[test]

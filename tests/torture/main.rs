@@ -9,6 +9,7 @@
 mod concurrency;
 #[path = "../engine/mod.rs"]
 mod engine;
+mod full_disk;
 mod guests;
 mod history;
 mod storage;
