@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::process::Command;
 
-const VERBS: &[&str] = &["serve", "prepare", "create", "flatten", "info", "map"];
+const VERBS: &[&str] = &[
+    "serve", "prepare", "create", "flatten", "info", "map", "convert",
+];
 
 fn help(verb: &str) -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_seethrough"))

@@ -77,7 +77,10 @@ pub async fn create_filled(
 }
 
 /// Making an image in place of its own backing image would destroy that.
-fn refuse_own_backing(path: &Path, options: &CreateOptions) -> Result<()> {
+///
+/// # Errors
+/// [`ErrorKind::InvalidConfig`] if `options` name the file at `path`.
+pub fn refuse_own_backing(path: &Path, options: &CreateOptions) -> Result<()> {
     let Some(backing) = &options.backing else {
         return Ok(());
     };

@@ -75,6 +75,8 @@ verbs! {
     Info in info;
     /// Show what holds each range of a disk
     Map in map;
+    /// Copy a disk into an image of another kind
+    Convert in convert;
     /// Serve disks to VMs over vhost-user
     Serve in serve;
     /// Reserve parts of a base for its children

@@ -380,7 +380,7 @@ impl Copy<'_> {
         for start in (0..data.len()).step_by(size) {
             let place = GuestOffset(at.0 + start as u64);
             let used = size.min(len - start);
-            if used < size && place.0 + (size as u64) < image.virtual_size() {
+            if used < size && place.0 + (used as u64) < image.virtual_size() {
                 // A longer target goes on there, and keeps that.
                 writes.push(Write::Plain(place, data.slice(start..start + used)));
                 continue;

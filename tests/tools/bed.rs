@@ -1,6 +1,5 @@
 //! Chains of images on disk, made by the stock tools from a seed, and both programs to run on them.
 
-// Seen by the tests of this binary alone.
 #![allow(unreachable_pub, dead_code)]
 // A failed expectation ends a test: here that is the point.
 #![allow(clippy::panic, clippy::unwrap_used)]

@@ -4,4 +4,5 @@
 mod engine;
 
 mod bed;
+mod convert;
 mod map;
