@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::process::Command;
 
 const VERBS: &[&str] = &[
-    "serve", "prepare", "create", "flatten", "info", "map", "convert",
+    "serve", "prepare", "create", "flatten", "info", "map", "convert", "snapshot", "resize",
 ];
 
 fn help(verb: &str) -> String {

@@ -8,6 +8,7 @@ use super::host::{HostOptions, Locking, open_file};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::Access;
 use crate::qcow2::header::{Header, MAGIC};
+use crate::qcow2::snapshot_table::{Snapshot, read_snapshots};
 use crate::storage::{FileStorage, Storage};
 use crate::sys::IoBuf;
 use crate::units::{HostOffset, SECTOR_SIZE};
@@ -33,6 +34,8 @@ pub struct Inspected {
     pub format: Format,
     /// Its header, if it is qcow2.
     pub header: Option<Header>,
+    /// Its internal snapshots.
+    pub snapshots: Vec<Snapshot>,
     /// The disk's length in bytes.
     pub virtual_size: u64,
 }
@@ -53,7 +56,7 @@ impl Inspected {
 /// Reads what the image at `path` says of itself.
 ///
 /// # Errors
-/// Those of opening and locking the file, and of [`Header::parse`].
+/// Those of opening and locking the file, of [`Header::parse`] and of [`read_snapshots`].
 pub async fn inspect(
     path: &Path,
     format: Option<Format>,
@@ -74,10 +77,17 @@ pub async fn inspect(
         Some(header) => header.virtual_size(),
         None => storage.len().next_multiple_of(SECTOR_SIZE),
     };
+    let snapshots = match &header {
+        Some(header) => read_snapshots(&storage, header)
+            .await
+            .context(|| path.display().to_string())?,
+        None => Vec::new(),
+    };
     Ok(Inspected {
         path: path.to_owned(),
         format,
         header,
+        snapshots,
         virtual_size,
     })
 }

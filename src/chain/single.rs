@@ -3,10 +3,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::backing::Backing;
 use super::host::{HostOptions, open_file};
-use crate::error::Result;
+use super::registry::{DiskRequest, Registry};
+use crate::error::{Context, Result};
 use crate::image::Access;
 use crate::qcow2::Qcow2;
+use crate::qcow2::header::Header;
 
 /// Opens the image at `path` alone: what it does not hold itself must not be read through it.
 ///
@@ -15,4 +18,27 @@ use crate::qcow2::Qcow2;
 pub async fn open_single(path: &Path, access: Access, options: HostOptions) -> Result<Qcow2> {
     let storage = open_file(path, access, options)?;
     Qcow2::open(Arc::new(storage), None, access).await
+}
+
+/// Opens the image at `path` with all that lies behind it, as the only user of the one in this process.
+///
+/// # Errors
+/// Those of [`open_file`], [`Registry::open`] and [`Qcow2::open`].
+pub async fn open_with_backing(path: &Path, access: Access, options: HostOptions) -> Result<Qcow2> {
+    let storage = open_file(path, access, options)?;
+    let header = Header::read(&storage)
+        .await
+        .context(|| path.display().to_string())?;
+    let backing = match Backing::of(path, &header)? {
+        None => None,
+        Some(backing) => {
+            let request = DiskRequest {
+                path: backing.path,
+                format: Some(backing.format),
+                access: Access::ReadOnly,
+            };
+            Some(Registry::new(options).open(&request).await?.image)
+        }
+    };
+    Qcow2::open(Arc::new(storage), backing, access).await
 }

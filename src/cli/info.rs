@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::figures::{family_human, family_json, figures_human, figures_json};
 use super::options::parse_format;
 use super::output::{self, OutputFormat};
+use super::snapshot_list::{snapshots_human, snapshots_json};
 use crate::chain::backing::resolve;
 use crate::chain::format::Format;
 use crate::chain::host::Locking;
@@ -18,6 +19,7 @@ use crate::jobs::figures::{Family, FileFigures, family, image_figures};
 use crate::qcow2::features::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
 use crate::qcow2::header::{Header, Version};
 use crate::qcow2::header_extension::{ExtensionType, SEETHROUGH_EXTENSION};
+use crate::qcow2::snapshot_table::Snapshot;
 use crate::sys::block_on;
 use crate::view::declared::read_declaration;
 
@@ -146,6 +148,8 @@ struct ImageInfo {
     full_backing_filename: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     backing_filename_format: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "serialize_snapshots")]
+    snapshots: Vec<Snapshot>,
     #[serde(skip_serializing_if = "Option::is_none")]
     format_specific: Option<FormatSpecific>,
     /// The declaration of regions, which is ours alone.
@@ -158,6 +162,10 @@ struct ImageInfo {
 
 fn serialize_figures<S: Serializer>(files: &[FileFigures], serializer: S) -> Result<S::Ok, S::Error> {
     figures_json(files).serialize(serializer)
+}
+
+fn serialize_snapshots<S: Serializer>(snapshots: &[Snapshot], serializer: S) -> Result<S::Ok, S::Error> {
+    snapshots_json(snapshots).serialize(serializer)
 }
 
 #[derive(Serialize)]
@@ -198,6 +206,7 @@ impl ImageInfo {
             backing_filename: None,
             full_backing_filename: None,
             backing_filename_format: None,
+            snapshots: image.snapshots.clone(),
             format_specific: None,
             seethrough: None,
             figures,
@@ -270,6 +279,8 @@ impl ImageInfo {
         if let Some(format) = &self.backing_filename_format {
             line("backing file format", format);
         }
+        text.push_str(&snapshots_human(&self.snapshots));
+        let mut line = |name: &str, value: &str| push_line(&mut text, name, value);
         if let Some(specific) = &self.format_specific {
             line("Format specific information", "");
             specific.data.human(&mut line);
@@ -346,6 +357,7 @@ mod tests {
         let image = Inspected {
             path: "/dev/null".into(),
             format: Format::Qcow2,
+            snapshots: Vec::new(),
             virtual_size: 1 << 20,
             header: Some(header.with_extension(SEETHROUGH_EXTENSION, b"no JSON".to_vec())),
         };

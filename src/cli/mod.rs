@@ -13,6 +13,7 @@ mod figures;
 pub mod options;
 pub mod output;
 pub mod progress;
+mod snapshot_list;
 pub mod tool;
 pub mod vm_options;
 
@@ -77,6 +78,10 @@ verbs! {
     Map in map;
     /// Copy a disk into an image of another kind
     Convert in convert;
+    /// Take, apply, delete or list internal snapshots
+    Snapshot in snapshot;
+    /// Make a disk longer or shorter
+    Resize in resize;
     /// Serve disks to VMs over vhost-user
     Serve in serve;
     /// Reserve parts of a base for its children

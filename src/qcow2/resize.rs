@@ -8,13 +8,15 @@
 //!    the size: the disk has its old length, or the new one with zeros behind the old.
 //! 3. New bytes read as zeros, whatever lay there: the rest of the last cluster, a VM's state, or a backing image that
 //!    is longer than the disk was.
+//! 4. Persistent bitmaps are as large as the disk was: before anything else, all are marked as ones that nobody may
+//!    trust.
 
+use super::bitmap::Change;
 use super::engine::Qcow2;
-use super::features::IncompatibleFeatures;
+use super::features::{AutoclearFeatures, IncompatibleFeatures};
 use super::header::{Header, Version};
 use super::mapping::ReadMapping;
 use super::revision::Revision;
-use super::snapshot::require_no_bitmaps;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::ZeroMode;
 use crate::units::{GuestOffset, SECTOR_SIZE};
@@ -23,23 +25,33 @@ impl Qcow2 {
     /// Makes the disk `size` bytes long; the image is opened anew. What a shorter disk no longer has is gone.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidConfig`] for a size that is no multiple of 512, [`ErrorKind::Unsupported`] if the image
-    /// cannot change its size, or not to this one; [`ErrorKind::Corrupt`] for broken metadata,
+    /// [`ErrorKind::Unsupported`] if the image cannot change its size, or not to this one, or it is no multiple of 512; [`ErrorKind::Corrupt`] for broken metadata,
     /// [`ErrorKind::NoSpace`], and the storage's. The disk then has its old length.
     pub async fn resize(self, size: u64) -> Result<Self> {
         if !size.is_multiple_of(SECTOR_SIZE) {
             return Err(Error::new(
-                ErrorKind::InvalidConfig,
+                ErrorKind::Unsupported,
                 format!("a disk of {size} bytes: the size must be a multiple of {SECTOR_SIZE}"),
             ));
         }
         require_resizable(&*self.header.lock().await)?;
+        self.disown_bitmaps_of_old_size().await?;
         if size < self.virtual_size {
             self.revise(async |revision| shrink(revision, size).await)
                 .await
         } else {
             self.grow(size).await
         }
+    }
+
+    /// Invariant 4.
+    async fn disown_bitmaps_of_old_size(&self) -> Result<()> {
+        let kept = self.disown_bitmaps(Change::Size).await?;
+        self.update_header(|header| {
+            header.autoclear_features = AutoclearFeatures(header.autoclear_features.0 & kept.0);
+        })
+        .await?;
+        self.storage.flush().await
     }
 
     /// Invariant 2.
@@ -131,5 +143,5 @@ fn require_resizable(header: &Header) -> Result<()> {
             "an image with an external data file cannot change its size: make a copy without one",
         ));
     }
-    require_no_bitmaps(header, "its size changes")
+    Ok(())
 }

@@ -424,7 +424,24 @@ impl Revision {
         self.storage.writev(HostOffset(0), fields).await?;
         self.storage.flush().await?;
         self.refcounts.punch_freed().await;
+        self.cut_file().await;
         Ok(())
+    }
+
+    /// Has the file end where the last cluster in use ends. A hint.
+    async fn cut_file(&self) {
+        let Ok(end) = self.refcounts.end_of_used().await else {
+            return;
+        };
+        let end = self.geometry.host_start(end).0;
+        if end < self.storage.len()
+            && let Err(error) = self.storage.set_len(end).await
+        {
+            log::debug!(
+                "{}: it stays longer than it need be: {error}",
+                self.storage.name()
+            );
+        }
     }
 
     async fn read_table(&self, at: HostOffset) -> Result<L2Table> {

@@ -255,6 +255,34 @@ impl NewRefcounts {
         }
     }
 
+    /// The cluster behind the last one in use.
+    ///
+    /// # Errors
+    /// The storage's.
+    pub(super) async fn end_of_used(&self) -> Result<HostCluster> {
+        let per_block = self.geometry.block_entries();
+        let mut end = self.entries() * per_block;
+        while end > 0 {
+            if self.block(HostCluster(end - 1)).is_none() {
+                end -= per_block;
+            } else if self.get(HostCluster(end - 1)).await? == 0 {
+                end -= 1;
+            } else {
+                break;
+            }
+        }
+        Ok(HostCluster(end))
+    }
+
+    /// Entries of the refcount table that are in use.
+    fn entries(&self) -> u64 {
+        let changed = self
+            .changed
+            .last_key_value()
+            .map_or(0, |(index, _)| index + 1);
+        changed.max(self.in_force.len() as u64)
+    }
+
     /// Whether a cluster is in use in the revision in force alone; one whose refcount cannot be read stays.
     async fn is_freed(&self, cluster: HostCluster) -> bool {
         let was_used = self.was(cluster).await.is_ok_and(|count| count != 0);

@@ -12,10 +12,10 @@
 use std::ffi::{OsStr, OsString};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::bitmap::BitmapDirectory;
 use super::engine::Qcow2;
-use super::features::{AutoclearFeatures, IncompatibleFeatures};
+use super::features::IncompatibleFeatures;
 use super::header::{Header, Version};
-use super::header_extension::ExtensionType;
 use super::revision::{Counting, Revision};
 use super::snapshot_table::{Snapshot, printable, read_snapshots};
 use crate::error::{Error, ErrorKind, Result};
@@ -51,7 +51,7 @@ impl Qcow2 {
     /// name. The image is opened anew, perhaps with another size.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidConfig`] if there is none, and as [`Qcow2::create_snapshot`].
+    /// [`ErrorKind::OutOfBounds`] if there is none, and as [`Qcow2::create_snapshot`].
     pub async fn apply_snapshot(self, wanted: &OsStr) -> Result<Self> {
         self.revise(async |revision| apply(revision, wanted).await)
             .await
@@ -99,7 +99,7 @@ async fn create(revision: &mut Revision, name: &OsStr, taken: SystemTime) -> Res
 }
 
 async fn apply(revision: &mut Revision, wanted: &OsStr) -> Result<Header> {
-    require_no_bitmaps(&revision.header, "a snapshot is applied")?;
+    require_no_bitmaps(&revision.header)?;
     let index = find(&revision.snapshots, wanted, First::Id)?;
     let snapshots = known_sizes(revision);
     let size_now = revision.header.virtual_size();
@@ -200,7 +200,7 @@ fn find(snapshots: &[Snapshot], wanted: &OsStr, first: First) -> Result<usize> {
 
 fn no_such_snapshot(wanted: &OsStr) -> Error {
     Error::new(
-        ErrorKind::InvalidConfig,
+        ErrorKind::OutOfBounds,
         format!(
             "there is no snapshot '{}': `seethrough snapshot -l` lists those there are",
             printable(wanted)
@@ -220,20 +220,15 @@ fn require_snapshots(header: &Header) -> Result<()> {
     ))
 }
 
-/// Whether no dirty bitmaps vouch for changes that they would not see.
-pub(super) fn require_no_bitmaps(header: &Header, what: &str) -> Result<()> {
-    let trusted = header
-        .autoclear_features
-        .contains(AutoclearFeatures::BITMAPS);
-    if !trusted || header.extension(ExtensionType::BITMAPS).is_none() {
+/// Whether there are no bitmaps that a change of the whole disk would pass by. Stock QEMU refuses, too.
+fn require_no_bitmaps(header: &Header) -> Result<()> {
+    if BitmapDirectory::place(header)?.is_none() {
         return Ok(());
     }
     Err(Error::new(
         ErrorKind::Unsupported,
-        format!(
-            "the image has persistent dirty bitmaps, which would no longer be true after {what}: remove them first \
-             with `qemu-img bitmap --remove IMAGE NAME`"
-        ),
+        "the image has persistent bitmaps, which would not tell what a snapshot changes when it is applied: remove \
+         them first with `qemu-img bitmap --remove IMAGE NAME`",
     ))
 }
 

@@ -6,3 +6,5 @@ mod engine;
 mod bed;
 mod convert;
 mod map;
+mod resize;
+mod snapshot;
