@@ -33,8 +33,9 @@ use seethrough::view::View;
 use seethrough::view::declaration::{ChildDeclaration, Extent};
 use seethrough::view::open::open_base;
 use seethrough::view::open::open_child;
-use seethrough::view::prepare::{Preparation, Request, Reserve};
+use seethrough::view::prepare::{Groups, Preparation, Request, Reserve};
 use seethrough::view::refusal::Structure;
+use seethrough::view::region_change::{adopt, enlarge};
 
 const DEFAULTS: Recipe = Recipe {
     name: "defaults",
@@ -698,7 +699,7 @@ fn what_cannot_be_prepared_is_left_as_it_is() {
         let request = Request {
             name: "local".into(),
             reserve: Reserve::Groups {
-                list: groups.parse().unwrap(),
+                groups: Groups::Listed(groups.parse().unwrap()),
                 directory: directory.into(),
             },
         };
@@ -758,7 +759,7 @@ fn a_second_region_joins_the_first_but_never_overlaps_it() {
         let request = Request {
             name: name.into(),
             reserve: Reserve::Groups {
-                list: groups.parse().unwrap(),
+                groups: Groups::Listed(groups.parse().unwrap()),
                 directory: directory.into(),
             },
         };
@@ -828,4 +829,51 @@ fn a_child_of_another_base_or_of_changed_regions_is_refused() {
     };
     *list = "1-7".parse().unwrap();
     assert!(open(&changed).contains("declared otherwise"));
+}
+
+#[test]
+fn groups_that_a_child_takes_over_are_as_the_base_left_them() {
+    if !can_mount() {
+        return;
+    }
+    let recipe = Recipe {
+        groups: "6",
+        ..DEFAULTS
+    };
+    let bed = Bed::new(&recipe);
+    let mut child = bed.child("tom");
+    // The child writes a block of the descriptor table while the base uses group 7, which the base leaves later.
+    let view = bed.base_view();
+    let kernel = Kernel::mount(&bed, &view, "base", "defaults");
+    fill_up(&kernel.mount.join("full"));
+    kernel.unmount();
+    let kernel = Kernel::mount(&bed, &child.view, "tom", "defaults");
+    fs::write(kernel.mount.join("local/file"), [7; 5000]).unwrap();
+    kernel.unmount();
+    let kernel = Kernel::mount(&bed, &view, "base", "defaults");
+    fs::remove_file(kernel.mount.join("full")).unwrap();
+    kernel.unmount();
+
+    let groups = Groups::Listed("7".parse().unwrap());
+    let declaration = block_on(enlarge(&*bed.base, &bed.declaration, "local", &groups)).unwrap();
+    let (adopted, new) = block_on(adopt(
+        &*child.overlay,
+        &child.declaration,
+        &*bed.base,
+        &declaration,
+    ))
+    .unwrap();
+    assert_eq!(new.to_string(), "7");
+    let bed = bed.declaring(declaration);
+    child.declaration = adopted;
+    bed.assert_flattened_clean(&child);
+
+    let view = bed.open_child("tom", &child.overlay, &child.declaration);
+    let kernel = Kernel::mount(&bed, &view, "tom", "defaults");
+    // More than one group has.
+    fs::write(kernel.mount.join("local/large"), vec![7; 10 << 20]).unwrap();
+    kernel.unmount();
+    assert_eq!(view.refusals().total(), 0);
+    bed.assert_flattened_clean(&child);
+    bed.assert_base_clean();
 }

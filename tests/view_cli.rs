@@ -205,3 +205,91 @@ fn a_filesystem_in_a_partition_and_a_whole_partition_become_regions() {
         assert!(fs::read(bench.path("disk.raw")).unwrap() == base, "{table}");
     }
 }
+
+/// What `seethrough regions` says of an image's region, as JSON.
+fn region(bench: &Bench, image: &str, name: &str) -> serde_json::Value {
+    let text = bench.run(&format!("seethrough regions --output json {image}"));
+    let images: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let regions = images[0]["regions"].as_array().unwrap().clone();
+    regions
+        .into_iter()
+        .find(|region| region["name"] == name)
+        .unwrap()
+}
+
+#[test]
+fn a_region_of_a_size_takes_the_last_free_groups_that_lie_side_by_side() {
+    let bench = Bench::new();
+    bench.make_base();
+    bench.run("seethrough prepare base.qcow2 --reserve taken=groups:5 --dir /taken");
+    let text = bench.run("seethrough prepare base.qcow2 --reserve local --size 10M --dir /local");
+    assert!(text.contains("block groups 6-7"), "{text}");
+    let local = region(&bench, "base.qcow2", "local");
+    assert_eq!(local["groups"], "6-7");
+    assert_eq!(local["size"], 16 * MIB);
+    assert!(local["free"].as_u64().unwrap() >= 10 * MIB);
+    let text = bench.refused("seethrough prepare base.qcow2 --reserve more --size 1G --dir /more");
+    assert!(text.contains("make the filesystem larger"), "{text}");
+    let text = bench.refused("seethrough prepare base.qcow2 --reserve more --dir /more");
+    assert!(text.contains("--size 2G"), "{text}");
+    // Not side by side, but there. (The journal lies in group 4.)
+    bench.run("seethrough prepare base.qcow2 --reserve middle=groups:2 --dir /middle");
+    let text = bench.run("seethrough prepare base.qcow2 --reserve rest --size 12M --dir /rest");
+    assert!(text.contains("block groups 1,3"), "{text}");
+    bench.run("qemu-img convert -O raw base.qcow2 now.raw");
+    bench.assert_clean("now.raw");
+}
+
+#[test]
+fn an_enlarged_region_is_a_childs_once_it_takes_it_over() {
+    let bench = Bench::new();
+    bench.make_base();
+    bench.run("seethrough prepare base.qcow2 --reserve local=groups:6 --dir /local");
+    bench.run("seethrough create -b base.qcow2 --region local tom.qcow2");
+    let before = region(&bench, "tom.qcow2", "local");
+    let text = bench.run("seethrough prepare base.qcow2 --enlarge local=groups:7");
+    assert!(text.contains("block groups 6-7"), "{text}");
+    // It can still be used as it is.
+    bench.run("seethrough flatten -O raw tom.qcow2 before.raw");
+    bench.assert_clean("before.raw");
+    assert_eq!(region(&bench, "tom.qcow2", "local"), before);
+    let text = bench.run("seethrough prepare --adopt tom.qcow2");
+    assert!(text.contains("block groups 7 are the child's"), "{text}");
+    let after = region(&bench, "tom.qcow2", "local");
+    assert_eq!(after["groups"], "6-7");
+    assert!(after["free"].as_u64() > before["free"].as_u64());
+    bench.run("seethrough flatten -O raw tom.qcow2 after.raw");
+    bench.assert_clean("after.raw");
+    for image in ["base.qcow2", "tom.qcow2"] {
+        bench.run(&format!("qemu-img check {image}"));
+    }
+    let text = bench.run("seethrough prepare --adopt tom.qcow2");
+    assert!(text.contains("added nothing"), "{text}");
+    let text = bench.run("seethrough regions base.qcow2 tom.qcow2");
+    assert!(text.contains("of tom.qcow2"), "{text}");
+    let text = bench.refused("seethrough prepare --adopt base.qcow2");
+    assert!(text.contains("no child"), "{text}");
+}
+
+#[test]
+fn a_released_region_is_the_bases_again_and_its_children_are_refused() {
+    let bench = Bench::new();
+    bench.make_base();
+    bench.run("seethrough prepare base.qcow2 --reserve local=groups:6-7 --dir /local");
+    bench.run("seethrough create -b base.qcow2 --region local tom.qcow2");
+    bench.run("seethrough prepare base.qcow2 --release local");
+    let text = bench.refused("seethrough flatten tom.qcow2 flat.qcow2");
+    assert!(text.contains("declares no region \"local\""), "{text}");
+    let text = bench.refused("seethrough prepare base.qcow2 --release local");
+    assert!(text.contains("no region \"local\""), "{text}");
+    // The directory is there still, an ordinary one.
+    bench.run("qemu-img convert -O raw base.qcow2 now.raw");
+    bench.assert_clean("now.raw");
+    assert!(bench.run("debugfs -R ls now.raw").contains("local"));
+    let text =
+        bench.refused("seethrough prepare base.qcow2 --reserve local=groups:6-7 --dir /other");
+    assert!(
+        text.contains("hold data of the base"),
+        "the directory: {text}"
+    );
+}

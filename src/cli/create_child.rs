@@ -8,7 +8,7 @@ use crate::chain::backing::resolve;
 use crate::chain::create::{NewImage, create_filled};
 use crate::chain::format::Format;
 use crate::chain::host::{HostOptions, Locking};
-use crate::chain::registry::{DiskRequest, Registry, Source};
+use crate::chain::registry::{DiskRequest, Registry, Source, file_id};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::Access;
 use crate::qcow2::create::{BackingReference, CreateOptions, L2Entries};
@@ -85,12 +85,12 @@ impl ChildRequest<'_> {
 
     /// A child that replaced its own base would leave nothing to see through to.
     fn refuse_own_base(&self, base: &Source) -> Result<()> {
-        let Ok(file) = self.file.canonicalize() else {
+        let Ok(file) = file_id(self.file) else {
             return Ok(());
         };
         let mut layer = Some(base);
         while let Some(source) = layer {
-            if source.path.canonicalize().is_ok_and(|path| path == file) {
+            if source.id == file {
                 return Err(invalid(format!(
                     "{}: a child cannot replace its own base",
                     self.file.display()

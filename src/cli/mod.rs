@@ -12,6 +12,7 @@ mod disks;
 mod figures;
 pub mod options;
 pub mod output;
+mod prepare_plan;
 pub mod progress;
 mod snapshot_list;
 pub mod tool;
@@ -86,6 +87,8 @@ verbs! {
     Serve in serve;
     /// Reserve parts of a base for its children
     Prepare in prepare;
+    /// Show which regions there are, whose they are and how full
+    Regions in regions;
     /// Make a standalone image of a child
     Flatten in flatten;
 }

@@ -2,7 +2,9 @@
 
 use std::io::{self, Write};
 
-use crate::error::{Error, Result};
+use serde::Serialize;
+
+use crate::error::{Error, ErrorKind, Result};
 
 /// How a verb prints what it has found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -22,6 +24,26 @@ pub fn print(text: &str) -> Result<()> {
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
         .map_err(|error| Error::io("standard output", error))
+}
+
+/// A value as indented JSON, and the end of the line.
+///
+/// # Errors
+/// [`ErrorKind::Io`] if the value has no JSON.
+pub fn json(value: &impl Serialize) -> Result<String> {
+    let mut text = serde_json::to_string_pretty(value).map_err(|error| {
+        Error::with_source(ErrorKind::Io, "the result does not become JSON", error)
+    })?;
+    text.push('\n');
+    Ok(text)
+}
+
+/// `text` in one line: what comes from an image cannot forge further ones.
+#[must_use]
+pub fn one_line(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
 }
 
 /// Whether the reader of standard output has gone away, which is how pipes end and no failure.

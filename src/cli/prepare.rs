@@ -1,12 +1,13 @@
-//! `seethrough prepare`: reserves parts of a base for its children.
+//! `seethrough prepare`: which parts of a base are its children's.
 
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::options::parse_format;
+use super::options::{parse_format, parse_size};
 use super::output;
+use super::prepare_plan::Plan;
 use crate::chain::backing::Backing;
 use crate::chain::format::Format;
 use crate::chain::host::{HostOptions, open_file};
@@ -18,23 +19,40 @@ use crate::qcow2::Qcow2;
 use crate::qcow2::header::Header;
 use crate::storage::{FileStorage, Storage};
 use crate::sys::block_on;
-use crate::view::declaration::{BaseDeclaration, Declaration, Extent};
-use crate::view::declared::{read_declaration, store_declaration};
-use crate::view::prepare::{Preparation, Request, Reserve};
+use crate::view::declaration::{BaseDeclaration, Declaration, Extent, Region};
+use crate::view::declared::{Declared, read_declaration, store_declaration};
+use crate::view::prepare::Preparation;
+use crate::view::region_change::{enlarge, release};
 
-/// Reserve block groups or partitions of a base for its children.
+/// Reserve block groups or partitions of a base for its children, enlarge what is reserved, or give it back.
 ///
 /// The base must not be in use, and its filesystem must have been unmounted cleanly. Block groups must hold nothing
 /// yet. Nothing is changed unless all of it can be done.
 #[derive(Debug, clap::Args)]
 pub struct Prepare {
-    /// What to reserve: NAME=groups:8-15 (with a --dir) or NAME=partition:2; may be repeated
-    #[arg(long, value_name = "NAME=WHAT", required = true)]
-    reserve: Vec<String>,
+    /// What to reserve: NAME=groups:8-15, NAME with a --size, or NAME=partition:2; may be repeated
+    #[arg(long, value_name = "NAME[=WHAT]", required_unless_present_any = ["enlarge", "release", "adopt"])]
+    pub(super) reserve: Vec<String>,
+
+    /// Which region to enlarge, by NAME=groups:16-17 or NAME with a --size; may be repeated
+    #[arg(long, value_name = "NAME[=WHAT]", conflicts_with = "adopt")]
+    pub(super) enlarge: Vec<String>,
+
+    /// A region that goes back to the base, which must not have used its groups; may be repeated
+    #[arg(long, value_name = "NAME", conflicts_with = "adopt")]
+    pub(super) release: Vec<String>,
+
+    /// BASE is a child, which takes over what its base has added to its regions
+    #[arg(long, conflicts_with = "reserve")]
+    adopt: bool,
+
+    /// How much to reserve or to add, in groups chosen by this program: one for each NAME without WHAT, in their order
+    #[arg(long = "size", value_name = "SIZE", value_parser = parse_size)]
+    pub(super) sizes: Vec<u64>,
 
     /// The new directory in the reserved block groups, like /local: one for each --reserve of groups, in their order
     #[arg(long = "dir", value_name = "PATH")]
-    directories: Vec<String>,
+    pub(super) directories: Vec<String>,
 
     /// The partition that holds the filesystem, if several do
     #[arg(long, value_name = "N")]
@@ -50,60 +68,31 @@ pub struct Prepare {
 }
 
 impl Prepare {
-    /// Reserves what is asked for.
+    /// Changes what the base gives up to its children.
     ///
     /// # Errors
-    /// If it cannot be reserved, saying what to do; the base is unchanged then.
+    /// If it cannot be done, saying what to do; the base is unchanged then.
     pub fn run(self) -> Result<()> {
-        let requests = self.requests()?;
-        let declaration = block_on(self.prepare(&requests))
-            .context(|| format!("cannot prepare {}", self.base.display()))?;
-        for request in &requests {
-            output::print(&describe(declaration.region(&request.name)?.extent.clone(), &request.name))?;
+        let failed = || format!("cannot prepare {}", self.base.display());
+        if self.adopt {
+            let report = block_on(self.take_over()).context(failed)?;
+            return output::print(&report);
+        }
+        let plan = Plan::of(&self)?;
+        let declaration = block_on(self.prepare(&plan)).context(failed)?;
+        let reserved = plan.reserve.iter().map(|request| &request.name);
+        let enlarged = plan.enlarge.iter().map(|(name, _)| name);
+        for name in reserved.chain(enlarged) {
+            output::print(&describe(declaration.region(name)?))?;
+        }
+        for name in &plan.release {
+            output::print(&format!("region {name}: released\n"))?;
         }
         Ok(())
     }
 
-    /// Pairs what is reserved with the directories.
-    fn requests(&self) -> Result<Vec<Request>> {
-        let mut directories = self.directories.iter();
-        let mut requests = Vec::new();
-        for text in &self.reserve {
-            let wrong = || {
-                invalid(format!(
-                    "--reserve {text}: write NAME=groups:8-15 or NAME=partition:2"
-                ))
-            };
-            let (name, what) = text.split_once('=').ok_or_else(wrong)?;
-            let reserve = match what.split_once(':') {
-                Some(("groups", list)) => Reserve::Groups {
-                    list: list.parse()?,
-                    directory: directories.next().cloned().ok_or_else(|| {
-                        invalid(format!(
-                            "--reserve {text} needs a directory for its children's files: add --dir /{name}"
-                        ))
-                    })?,
-                },
-                Some(("partition", number)) => {
-                    Reserve::Partition(number.parse().map_err(|_| wrong())?)
-                }
-                _ => return Err(wrong()),
-            };
-            requests.push(Request {
-                name: name.to_owned(),
-                reserve,
-            });
-        }
-        match directories.next() {
-            Some(extra) => Err(invalid(format!(
-                "--dir {extra} belongs to no --reserve of block groups"
-            ))),
-            None => Ok(requests),
-        }
-    }
-
     /// The base's lock is held from the first look to the last write.
-    async fn prepare(&self, requests: &[Request]) -> Result<BaseDeclaration> {
+    async fn prepare(&self, plan: &Plan) -> Result<BaseDeclaration> {
         let storage = open_file(&self.base, Access::ReadWrite, HostOptions::default())?;
         let format = match self.format {
             Some(format) => format,
@@ -119,17 +108,67 @@ impl Prepare {
         };
         let storage = Arc::new(storage);
         let image = open_image(&self.base, header.as_ref(), &storage).await?;
-        let id = fresh_id()?;
-        let preparation =
-            Preparation::plan(&*image, declared, id, requests, self.partition).await?;
-        let declaration = Declaration::Base(preparation.declaration().clone());
-        // What cannot be stored is not begun.
-        declaration.to_bytes()?;
-        preparation.apply(&*image).await?;
+        let declared = change_declared(&*image, declared, plan).await?;
+        let declaration = match (plan.reserve.as_slice(), declared) {
+            ([], Some(declared)) => declared,
+            (requests, declared) => {
+                let id = fresh_id()?;
+                let preparation =
+                    Preparation::plan(&*image, declared, id, requests, self.partition).await?;
+                // What cannot be stored is not begun.
+                Declaration::Base(preparation.declaration().clone()).to_bytes()?;
+                preparation.apply(&*image).await?;
+                preparation.declaration().clone()
+            }
+        };
         drop(image);
-        store_declaration(&self.base, format, &*storage, &declaration).await?;
-        Ok(preparation.declaration().clone())
+        let document = Declaration::Base(declaration.clone());
+        store_declaration(&self.base, format, &*storage, &document).await?;
+        Ok(declaration)
     }
+
+    /// Lets a child take over what its base has added; what was done.
+    async fn take_over(&self) -> Result<String> {
+        let options = HostOptions::default();
+        let request = DiskRequest {
+            path: self.base.clone(),
+            format: self.format,
+            access: Access::ReadWrite,
+        };
+        let disk = Registry::new(options).open(&request).await?;
+        let declared = Declared::of(&disk)?.ok_or_else(|| invalid("it is no child"))?;
+        let (child, new) = declared.adopt().await?;
+        drop((declared, disk));
+        if new.count() == 0 {
+            return Ok("the base has added nothing\n".to_owned());
+        }
+        let storage = open_file(&self.base, Access::ReadWrite, options)?;
+        let document = Declaration::Child(child);
+        store_declaration(&self.base, Format::Qcow2, &storage, &document).await?;
+        Ok(format!("block groups {new} are the child's\n"))
+    }
+}
+
+/// What the base declares after regions have been released and enlarged.
+async fn change_declared(
+    disk: &dyn Image,
+    declared: Option<BaseDeclaration>,
+    plan: &Plan,
+) -> Result<Option<BaseDeclaration>> {
+    let Some(mut declared) = declared else {
+        return if plan.release.is_empty() && plan.enlarge.is_empty() {
+            Ok(None)
+        } else {
+            Err(invalid("it declares no region yet"))
+        };
+    };
+    for name in &plan.release {
+        declared = release(disk, &declared, name).await?;
+    }
+    for (name, groups) in &plan.enlarge {
+        declared = enlarge(disk, &declared, name, groups).await?;
+    }
+    Ok(Some(declared))
 }
 
 /// The disk in `storage`, with its backing chain if it has one.
@@ -167,8 +206,9 @@ fn fresh_id() -> Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-fn describe(extent: Extent, name: &str) -> String {
-    match extent {
+fn describe(region: &Region) -> String {
+    let name = &region.name;
+    match &region.extent {
         Extent::Groups {
             list, directory, ..
         } => format!("region {name}: block groups {list}, directory {directory}\n"),

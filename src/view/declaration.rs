@@ -9,8 +9,8 @@
 //!
 //! 1. A [`GroupList`] is sorted, and no two of its ranges overlap or touch.
 //! 2. A parsed declaration has no two regions of one name, and every region's name is short and plain.
-//! 3. A child repeats the declaration of its regions in full: if the base's has changed since, they
-//!    differ, and the child is not served.
+//! 3. A child repeats the declaration of its regions in full. Groups that the base has added since are not the
+//!    child's yet; if the base's declaration has changed in any other way, the child is not served.
 
 use std::fmt;
 use std::str::FromStr;
@@ -250,6 +250,64 @@ impl BaseDeclaration {
     }
 }
 
+impl ChildDeclaration {
+    /// Whether the child's regions are still its base's to give (invariant 3).
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfig`] if this is no child of `base`, or a region is declared otherwise now.
+    pub fn check_against(&self, base: &BaseDeclaration) -> Result<()> {
+        if base.id != self.base {
+            return Err(Error::new(
+                ErrorKind::InvalidConfig,
+                format!(
+                    "the child was created on base {}, but its backing image is base {}; give it the backing image \
+                     that it was created on",
+                    self.base, base.id
+                ),
+            ));
+        }
+        for region in &self.regions {
+            if !base.region(&region.name)?.extent.holds(&region.extent) {
+                return Err(Error::new(
+                    ErrorKind::InvalidConfig,
+                    format!(
+                        "region \"{}\" is declared otherwise in the base than when the child was created; create the \
+                         child anew",
+                        region.name
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Extent {
+    /// Whether this is `other`, with groups added or not.
+    fn holds(&self, other: &Self) -> bool {
+        match (self, other) {
+            (
+                Self::Groups {
+                    list,
+                    directory,
+                    inode,
+                    block,
+                },
+                Self::Groups {
+                    list: fewer,
+                    directory: other_directory,
+                    inode: other_inode,
+                    block: other_block,
+                },
+            ) => {
+                list.includes(fewer)
+                    && (directory, inode, block) == (other_directory, other_inode, other_block)
+            }
+            _ => self == other,
+        }
+    }
+}
+
 /// Holds a region's name to what fits on a command line and in a log.
 ///
 /// # Errors
@@ -308,6 +366,16 @@ impl GroupList {
         self.ranges
             .iter()
             .any(|&(first, last)| first <= group && group <= last)
+    }
+
+    /// Whether every group of `other` is in the list, which takes no longer for a long range than for a short one.
+    #[must_use]
+    pub fn includes(&self, other: &Self) -> bool {
+        other.ranges.iter().all(|&(first, last)| {
+            self.ranges
+                .iter()
+                .any(|&(start, end)| start <= first && last <= end)
+        })
     }
 
     /// The lowest group that is in both lists.

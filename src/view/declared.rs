@@ -10,9 +10,14 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::declaration::{BaseDeclaration, ChildDeclaration, Declaration, MAX_DECLARATION_BYTES};
+use super::declaration::{
+    BaseDeclaration, ChildDeclaration, Declaration, GroupList, MAX_DECLARATION_BYTES,
+};
 use super::merged::Merged;
 use super::open::{SharedBase, child_territory, open_base, open_child};
+use super::probe::Probe;
+use super::region_change;
+use super::regions::{RegionUse, usage};
 use crate::chain::format::Format;
 use crate::chain::registry::{OpenImage, Source};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -63,6 +68,82 @@ impl Views {
         let base = Arc::new(SharedBase::open(image, declaration).await?);
         self.bases.insert(id, Arc::clone(&base));
         Ok(base)
+    }
+}
+
+/// An open image that declares regions, and its base: the image itself, or what lies behind a child.
+pub struct Declared {
+    own: Arc<dyn Image>,
+    base: Arc<dyn Image>,
+    declaration: BaseDeclaration,
+    child: Option<ChildDeclaration>,
+}
+
+impl Declared {
+    /// What `disk` declares, if it declares anything.
+    ///
+    /// # Errors
+    /// As [`declaration_of`]; [`ErrorKind::InvalidConfig`] for a child without its base.
+    pub fn of(disk: &OpenImage) -> Result<Option<Self>> {
+        let own = Arc::clone(&disk.image);
+        Ok(match declaration_of(&disk.source)? {
+            None => None,
+            Some(Declaration::Base(declaration)) => Some(Self {
+                base: Arc::clone(&own),
+                own,
+                declaration,
+                child: None,
+            }),
+            Some(Declaration::Child(child)) => {
+                let (_, base, declaration) = base_of(disk)?;
+                Some(Self {
+                    own,
+                    base,
+                    declaration,
+                    child: Some(child),
+                })
+            }
+        })
+    }
+
+    /// Whether it is a child.
+    #[must_use]
+    pub fn is_child(&self) -> bool {
+        self.child.is_some()
+    }
+
+    /// What tells its base from every other one.
+    #[must_use]
+    pub fn base_id(&self) -> &str {
+        &self.declaration.id
+    }
+
+    /// The image's regions and how full they are.
+    ///
+    /// # Errors
+    /// As [`usage`].
+    pub async fn usage(&self) -> Result<Vec<RegionUse>> {
+        let probe = Probe::of_declared(&*self.base, &self.declaration).await?;
+        let regions = match &self.child {
+            Some(child) => &child.regions,
+            None => &self.declaration.regions,
+        };
+        usage(&*self.own, probe.as_ref(), regions).await
+    }
+
+    /// Takes over what the base has added to a child's regions; the overlay must be open for writing. Returns what the
+    /// child is to declare from now on, and which groups are new.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfig`] if it is no child; and as [`region_change::adopt`].
+    pub async fn adopt(&self) -> Result<(ChildDeclaration, GroupList)> {
+        let child = self.child.as_ref().ok_or_else(|| {
+            Error::new(
+                ErrorKind::InvalidConfig,
+                "it is no child: there is no base to take anything over from",
+            )
+        })?;
+        region_change::adopt(&*self.own, child, &*self.base, &self.declaration).await
     }
 }
 

@@ -54,6 +54,17 @@ impl Probe {
         Ok(in_use.into_iter().collect())
     }
 
+    /// The free blocks of a group that could be reserved; `None` for one that holds anything.
+    pub(super) async fn room_in(
+        &self,
+        disk: &dyn Image,
+        number: BlockGroup,
+    ) -> Result<Option<u64>> {
+        let group = self.group(disk, number).await?;
+        let holds_anything = self.holds_internal_file(number) || group.first_in_use().is_some();
+        Ok((!holds_anything).then(|| group.free().blocks))
+    }
+
     /// Whether blocks of the journal or the orphan file lie in `group`: they are structures, but not of the group's.
     fn holds_internal_file(&self, group: BlockGroup) -> bool {
         let blocks = self.superblock().group_blocks(group);

@@ -29,6 +29,7 @@
 
 mod attribute_blocks;
 mod changes;
+mod choose;
 mod compose;
 pub mod declaration;
 pub mod declared;
@@ -43,6 +44,8 @@ pub mod ownership;
 pub mod prepare;
 pub mod probe;
 pub mod refusal;
+pub mod region_change;
+pub mod regions;
 mod route;
 mod scatter;
 mod session;

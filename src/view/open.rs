@@ -122,7 +122,7 @@ pub async fn child_territory(
     declaration: &BaseDeclaration,
     child: &ChildDeclaration,
 ) -> Result<Territory> {
-    check_match(declaration, child)?;
+    child.check_against(declaration)?;
     let areas = partition_areas(base, declaration, &child.regions).await?;
     let Some(probe) = Probe::of_declared(base, declaration).await? else {
         return Ok(Territory::new(Side::Child, None, areas));
@@ -133,28 +133,11 @@ pub async fn child_territory(
     Ok(Territory::new(Side::Child, Some(filesystem), areas))
 }
 
-/// Invariant 3 of [`super::declaration`].
-fn check_match(base: &BaseDeclaration, child: &ChildDeclaration) -> Result<()> {
-    if base.id != child.base {
-        return Err(invalid(format!(
-            "the child was created on base {}, but its backing image is base {}; give it the backing image that \
-             it was created on",
-            child.base, base.id
-        )));
-    }
-    for region in &child.regions {
-        if base.region(&region.name)? != region {
-            return Err(invalid(format!(
-                "region \"{}\" is declared otherwise in the base than when the child was created; create the \
-                 child anew",
-                region.name
-            )));
-        }
-    }
-    Ok(())
-}
-
-async fn check_unused(base: &dyn Image, probe: &Probe, regions: &[Region]) -> Result<()> {
+pub(super) async fn check_unused(
+    base: &dyn Image,
+    probe: &Probe,
+    regions: &[Region],
+) -> Result<()> {
     for region in regions {
         let Extent::Groups { list, .. } = &region.extent else {
             continue;

@@ -4,6 +4,7 @@
 //! refused is a base unchanged.
 
 use super::changes::Changes;
+use super::choose::choose;
 use super::declaration::{
     BaseDeclaration, Extent, FilesystemPlace, GroupList, Region, check_region_name,
 };
@@ -33,13 +34,22 @@ pub struct Request {
 pub enum Reserve {
     /// Block groups, and a new directory in them.
     Groups {
-        /// The groups.
-        list: GroupList,
+        /// Which groups.
+        groups: Groups,
         /// The directory's absolute path.
         directory: String,
     },
     /// The partition with this number.
     Partition(u32),
+}
+
+/// Which block groups are wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Groups {
+    /// These.
+    Listed(GroupList),
+    /// Any that have room for so many bytes.
+    Sized(u64),
 }
 
 /// A base that can be prepared: nothing has been written yet.
@@ -77,16 +87,20 @@ impl Preparation {
             check_sound(disk, &probe).await?;
             let mut planned = Changes::new(probe.place(), probe.superblock().block_size);
             for request in requests {
-                if let Reserve::Groups { list, directory } = &request.reserve {
-                    check_groups(disk, &probe, &declaration, list).await?;
+                if let Reserve::Groups { groups, directory } = &request.reserve {
+                    let list = match groups {
+                        Groups::Listed(list) => list.clone(),
+                        Groups::Sized(size) => choose(disk, &probe, &declaration, *size).await?,
+                    };
+                    check_groups(disk, &probe, &declaration, &list).await?;
                     let Occupants { inode, block } =
-                        new_directory::plan(disk, &probe, list, directory, &mut planned)
+                        new_directory::plan(disk, &probe, &list, directory, &mut planned)
                             .await
                             .context(|| format!("creating {directory}"))?;
                     declaration.regions.push(Region {
                         name: request.name.clone(),
                         extent: Extent::Groups {
-                            list: list.clone(),
+                            list,
                             directory: directory.clone(),
                             inode: inode.0,
                             block: block.0,
@@ -181,7 +195,7 @@ async fn find_filesystem(
 }
 
 /// Refuses a filesystem that is in use, was not left clean, or has a journal that a view cannot keep apart.
-async fn check_sound(disk: &dyn Image, probe: &Probe) -> Result<()> {
+pub(super) async fn check_sound(disk: &dyn Image, probe: &Probe) -> Result<()> {
     let superblock = probe.superblock();
     if !superblock.is_clean() {
         return Err(invalid(format!(
@@ -207,7 +221,7 @@ async fn check_sound(disk: &dyn Image, probe: &Probe) -> Result<()> {
 }
 
 /// Refuses groups that do not exist, that a region has already, or that hold anything.
-async fn check_groups(
+pub(super) async fn check_groups(
     disk: &dyn Image,
     probe: &Probe,
     declaration: &BaseDeclaration,

@@ -16,7 +16,7 @@ use seethrough::view::declaration::{BaseDeclaration, ChildDeclaration};
 use seethrough::view::merged::Merged;
 use seethrough::view::new_child::NewChild;
 use seethrough::view::open::{SharedBase, child_territory, open_base, open_child};
-use seethrough::view::prepare::{Preparation, Request, Reserve};
+use seethrough::view::prepare::{Groups, Preparation, Request, Reserve};
 use seethrough::view::probe::{Probe, locate};
 use tempfile::TempDir;
 
@@ -128,7 +128,7 @@ pub(crate) fn local(groups: &str) -> Request {
     Request {
         name: "local".into(),
         reserve: Reserve::Groups {
-            list: groups.parse().unwrap(),
+            groups: Groups::Listed(groups.parse().unwrap()),
             directory: "/local".into(),
         },
     }
@@ -184,6 +184,15 @@ impl Bed {
 
     pub(crate) fn base_view(&self) -> View {
         block_on(open_base("base", self.shared())).unwrap()
+    }
+
+    /// The bed after the base was made to declare something else.
+    pub(crate) fn declaring(self, declaration: BaseDeclaration) -> Self {
+        Self {
+            declaration,
+            shared: OnceLock::new(),
+            ..self
+        }
     }
 
     /// What all views of this base share.

@@ -79,14 +79,14 @@ const CASES: &[Case] = &[
     ),
     case!(
         "data in the journal",
-        ["-b", "1024", "-J", "size=2"],
+        ["-b", "1024", "-J", "size=1"],
         40,
         "3-4",
         "data=journal"
     ),
 ];
 
-const COMMITS: u32 = 8;
+const COMMITS: u32 = 12;
 const MAGIC: [u8; 4] = 0xc03b_3998u32.to_be_bytes();
 
 /// Changes files as programs do; some begin with the journal's magic number, which a log has to escape.

@@ -83,3 +83,58 @@ impl Head {
         self.format == tail.format && is_same_place && is_at_or_after(self.sequence, tail.sequence)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ext4::jbd2::JournalSuperblock;
+
+    fn head(at: u32, sequence: u32) -> Head {
+        let journal = JournalSuperblock {
+            maxlen: 1024,
+            first: 1,
+            sequence,
+            start: at,
+            errno: 0,
+            feature_compat: 0,
+            feature_incompat: 0,
+            uuid: [0; 16],
+        };
+        Head {
+            format: LogFormat::new(&journal, 1024),
+            at: LogBlock(at),
+            sequence,
+        }
+    }
+
+    #[test]
+    fn a_log_goes_on_if_its_beginning_has_only_moved_on() {
+        let followed = head(100, 7);
+        assert!(followed.goes_on_from(&head(50, 5)));
+        assert!(followed.goes_on_from(&head(100, 7)));
+        assert!(!followed.goes_on_from(&head(1, 7)), "begun anew elsewhere");
+        assert!(
+            !followed.goes_on_from(&head(120, 8)),
+            "further than was seen"
+        );
+        assert!(
+            head(3, 0).goes_on_from(&head(900, u32::MAX)),
+            "numbers wrap around"
+        );
+        let mut other = head(50, 5);
+        other.format = LogFormat::new(
+            &JournalSuperblock {
+                maxlen: 1024,
+                first: 1,
+                sequence: 5,
+                start: 50,
+                errno: 0,
+                feature_compat: 0,
+                feature_incompat: 0x10,
+                uuid: [0; 16],
+            },
+            1024,
+        );
+        assert!(!followed.goes_on_from(&other), "written otherwise");
+    }
+}

@@ -1,0 +1,148 @@
+//! Changing regions that are declared: making one larger, and giving one back.
+//!
+//! Nothing in the filesystem changes: groups that hold nothing are a region's or the base's by declaration alone. A
+//! child keeps to the groups that it was created with until it takes over what its base has added.
+
+use super::choose::choose;
+use super::declaration::{BaseDeclaration, ChildDeclaration, Extent, GroupList, Region};
+use super::open::{check_unused, group_set};
+use super::prepare::{Groups, check_groups, check_sound};
+use super::probe::{Probe, read_descriptor};
+use crate::error::{Error, ErrorKind, Result};
+use crate::ext4::group_descriptor;
+use crate::image::Image;
+use crate::sys::IoBuf;
+use crate::units::{BlockGroup, GuestOffset};
+
+/// Adds groups to the region called `name` of the base on `disk`, which declares `declared`: what it is to declare
+/// from now on.
+///
+/// # Errors
+/// [`ErrorKind::InvalidConfig`] if there is no such region of groups, the filesystem is in use, or the groups cannot
+/// be had, saying which can.
+pub async fn enlarge(
+    disk: &dyn Image,
+    declared: &BaseDeclaration,
+    name: &str,
+    groups: &Groups,
+) -> Result<BaseDeclaration> {
+    let Extent::Groups { list, .. } = &declared.region(name)?.extent else {
+        return Err(invalid(format!(
+            "region \"{name}\" is a partition: only regions of block groups can be enlarged"
+        )));
+    };
+    let probe = filesystem_of(disk, declared).await?;
+    check_sound(disk, &probe).await?;
+    // Bounds the lists before they are walked.
+    group_set(&probe, &declared.regions)?;
+    let more = match groups {
+        Groups::Listed(list) => list.clone(),
+        Groups::Sized(size) => choose(disk, &probe, declared, *size).await?,
+    };
+    check_groups(disk, &probe, declared, &more).await?;
+    let whole: GroupList = list.iter().chain(more.iter()).collect();
+    let mut enlarged = declared.clone();
+    for region in &mut enlarged.regions {
+        if let Extent::Groups { list, .. } = &mut region.extent
+            && region.name == name
+        {
+            list.clone_from(&whole);
+        }
+    }
+    Ok(enlarged)
+}
+
+/// Gives the region called `name` back to the base on `disk`, which declares `declared`: what it is to declare from
+/// now on. The region's directory stays, an empty directory of the base's. Children of the region are children no
+/// more: they are refused from then on.
+///
+/// # Errors
+/// [`ErrorKind::InvalidConfig`] if there is no such region or the filesystem is in use; [`ErrorKind::Refused`] if
+/// somebody has used the region's groups in the base.
+pub async fn release(
+    disk: &dyn Image,
+    declared: &BaseDeclaration,
+    name: &str,
+) -> Result<BaseDeclaration> {
+    let region = declared.region(name)?;
+    if matches!(region.extent, Extent::Groups { .. }) {
+        let probe = filesystem_of(disk, declared).await?;
+        check_sound(disk, &probe).await?;
+        check_unused(disk, &probe, std::slice::from_ref(region)).await?;
+    }
+    let mut rest = declared.clone();
+    rest.regions.retain(|region| region.name != name);
+    let has_groups = |region: &Region| matches!(region.extent, Extent::Groups { .. });
+    if !rest.regions.iter().any(has_groups) {
+        rest.filesystem = None;
+    }
+    Ok(rest)
+}
+
+/// Takes over what the base has added to a child's regions: in the child's overlay `own` the groups are as in the
+/// base, unused. Returns what the child is to declare from now on, and which groups are new; to be stored after a
+/// flush of the overlay.
+///
+/// # Errors
+/// As [`ChildDeclaration::check_against`]; [`ErrorKind::Refused`] if the base has used the groups; what reading and
+/// writing the images returns.
+pub async fn adopt(
+    own: &dyn Image,
+    child: &ChildDeclaration,
+    base: &dyn Image,
+    declared: &BaseDeclaration,
+) -> Result<(ChildDeclaration, GroupList)> {
+    child.check_against(declared)?;
+    let mut adopted = child.clone();
+    for region in &mut adopted.regions {
+        region.clone_from(declared.region(&region.name)?);
+    }
+    if adopted == *child {
+        return Ok((adopted, GroupList::from_iter([])));
+    }
+    let probe = filesystem_of(base, declared).await?;
+    check_unused(base, &probe, &adopted.regions).await?;
+    let before = group_set(&probe, &child.regions)?;
+    let after = group_set(&probe, &adopted.regions)?;
+    let new: GroupList = after
+        .iter()
+        .filter(|group| !before.contains(*group))
+        .collect();
+    for group in new.iter() {
+        copy_descriptor(&probe, group, base, own).await?;
+    }
+    own.flush().await?;
+    Ok((adopted, new))
+}
+
+/// An overlay that has written a block of the descriptor table holds the descriptors of all its groups, and those that
+/// were not the child's as they were then.
+async fn copy_descriptor(
+    probe: &Probe,
+    group: BlockGroup,
+    base: &dyn Image,
+    own: &dyn Image,
+) -> Result<()> {
+    let superblock = probe.superblock();
+    let descriptor = read_descriptor(base, probe.place(), superblock, group).await?;
+    group_descriptor::verify(&superblock.checksums, group, &descriptor)?;
+    let per_block = superblock.descriptors_per_block();
+    let block = superblock.descriptor_block(group.0 / per_block);
+    let within = u64::from(group.0 % per_block) * u64::from(superblock.descriptor_size);
+    let at = probe.place().start.0 + block.0 * u64::from(superblock.block_size) + within;
+    own.write(GuestOffset(at), IoBuf::from_bytes(&descriptor))
+        .await
+}
+
+async fn filesystem_of(disk: &dyn Image, declared: &BaseDeclaration) -> Result<Probe> {
+    Probe::of_declared(disk, declared).await?.ok_or_else(|| {
+        invalid(format!(
+            "{} declares no regions of block groups",
+            disk.name()
+        ))
+    })
+}
+
+fn invalid(context: impl Into<Box<str>>) -> Error {
+    Error::new(ErrorKind::InvalidConfig, context)
+}
