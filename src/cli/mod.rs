@@ -75,6 +75,8 @@ verbs! {
     Create in create;
     /// Show what an image says of itself
     Info in info;
+    /// Check an image for errors in its metadata
+    Check in check;
     /// Show what holds each range of a disk
     Map in map;
     /// Copy a disk into an image of another kind

@@ -17,11 +17,11 @@ use super::compressed::CompressedExtent;
 use super::geometry::Geometry;
 use crate::units::HostOffset;
 
-const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
-const READS_ZERO: u64 = 1;
+pub(super) const COPIED: u64 = 1 << 63;
+pub(super) const COMPRESSED: u64 = 1 << 62;
+pub(super) const READS_ZERO: u64 = 1;
 /// Host offsets of clusters: bits 9 to 55.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub(super) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// What is wrong with an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

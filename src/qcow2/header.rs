@@ -276,6 +276,13 @@ impl Header {
             .contains(IncompatibleFeatures::EXTENDED_L2)
     }
 
+    /// Whether guest data lies in another file.
+    #[must_use]
+    pub fn has_data_file(&self) -> bool {
+        self.incompatible_features
+            .contains(IncompatibleFeatures::EXTERNAL_DATA_FILE)
+    }
+
     /// Bytes of an L2 entry.
     #[must_use]
     pub fn l2_entry_size(&self) -> u64 {

@@ -8,12 +8,15 @@
 //!                └─ flush ── quarantine ─ grace                  what is durable when, what is free when
 //! ```
 //!
+//! `check` works on a file that nobody has open.
+//!
 //! The crash order is in the `flush` module, the lock order in `engine`.
 
 mod address_hash;
 mod allocation;
 mod allocator;
 pub mod bitmap;
+pub mod check;
 pub mod commitment;
 pub mod compressed;
 mod cow;

@@ -28,7 +28,16 @@ impl Header {
                 "make a copy without it: `qemu-img convert -O qcow2 IMAGE COPY`",
             );
         }
-        let unknown: Vec<String> = features
+        self.require_checkable()
+    }
+
+    /// Whether the image's tables can be understood, wherever they lead.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] with the name of what is not known.
+    pub fn require_checkable(&self) -> Result<()> {
+        let unknown: Vec<String> = self
+            .incompatible_features
             .unknown()
             .bits()
             .map(|bit| {
