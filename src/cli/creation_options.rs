@@ -70,7 +70,11 @@ impl CreationOptions {
         }
     }
 
-    fn set(&mut self, key: &str, value: &str) -> Result<()> {
+    /// Takes one option in.
+    ///
+    /// # Errors
+    /// As [`CreationOptions::parse`].
+    pub(super) fn set(&mut self, key: &str, value: &str) -> Result<()> {
         let wrong = || invalid(format!("'{key}={value}': no such value"));
         let number = || parse_size(value).map_err(|error| invalid(format!("{key}: {error}")));
         match key {

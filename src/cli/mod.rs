@@ -85,6 +85,8 @@ verbs! {
     Snapshot in snapshot;
     /// Make a disk longer or shorter
     Resize in resize;
+    /// Tell how large an image would be
+    Measure in measure;
     /// Serve disks to VMs over vhost-user
     Serve in serve;
     /// Reserve parts of a base for its children

@@ -9,4 +9,5 @@ pub mod extents;
 pub mod figures;
 mod lanes;
 pub mod map;
+pub mod measure;
 pub mod source;

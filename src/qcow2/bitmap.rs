@@ -158,6 +158,25 @@ impl BitmapDirectory {
         }))
     }
 
+    /// Bytes of directory, tables and clusters of these bitmaps in an image with clusters of `cluster_size`, if every
+    /// bit for a disk of `size` bytes has to be stored. Those that may be out of date are nothing to store.
+    #[must_use]
+    pub fn full_length(&self, size: u64, cluster_size: u64) -> u64 {
+        let mut bytes = 0;
+        let mut directory = 0;
+        for bitmap in self.bitmaps.iter().filter(|bitmap| !bitmap.is_in_use) {
+            let clusters = size
+                .div_ceil(bitmap.granularity)
+                .div_ceil(8)
+                .div_ceil(cluster_size);
+            let table = (clusters * 8).next_multiple_of(cluster_size);
+            bytes += clusters * cluster_size + table;
+            let entry = (ENTRY_LEN + bitmap.name.len()).next_multiple_of(ENTRY_ALIGNMENT);
+            directory += entry as u64;
+        }
+        bytes + directory.next_multiple_of(cluster_size)
+    }
+
     /// Marks the bitmaps that `change` makes untrue as ones that may be out of date (invariant 1). Not durable before
     /// a flush.
     ///

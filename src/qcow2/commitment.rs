@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! demand = guest clusters that cannot be written in place  +  L2 tables that are missing or shared
+//!          +  persistent bitmaps, every bit of them stored
 //! length = where the last of `demand` first-fit allocations ends, refcount blocks and larger refcount tables that
 //!          have to be made on the way included
 //! ```
@@ -12,14 +13,15 @@
 //! 1. A guest cluster is written in place if its L2 entry has COPIED and a host cluster, and a table if its L1 entry
 //!    has; everything else needs a new cluster, once.
 //! 2. Nothing is counted on to become free: not the room of compressed or shared clusters that were overwritten, for
-//!    it is free only after a flush, nor that of refcount tables that grew. Clusters that are leaked, or hold
-//!    bitmaps or snapshots, stay.
+//!    it is free only after a flush, nor that of refcount tables that grew, nor that of bitmaps, for who stores them
+//!    anew does so before the old ones go. Clusters that are leaked or hold snapshots stay.
 //! 3. Room is taken where the allocator takes it: the first free cluster, a missing refcount block in the first
 //!    cluster that it describes, a larger refcount table behind all that the old one covers.
 //! 4. What is read is bounded by the file's length, whatever the tables say.
 
 use super::allocator::size_growth;
-use super::create::{CreateOptions, plan_empty};
+use super::bitmap::BitmapDirectory;
+use super::create::{CreateOptions, plan_empty, refcount_clusters};
 use super::engine::read_table;
 use super::entry::{L1Entry, L2Entry, decode_refcount_table_entry};
 use super::features::IncompatibleFeatures;
@@ -40,9 +42,13 @@ pub async fn committed_length(storage: &dyn Storage, header: &Header) -> Result<
     require_refcounts(header)?;
     let geometry = Geometry::new(header);
     let own = Own::count(storage, header, &geometry).await?;
+    let bitmaps = BitmapDirectory::read(storage, header).await?;
+    let bitmaps = bitmaps.map_or(0, |found| {
+        found.full_length(header.size, header.cluster_size())
+    });
     let mut filling = Filling {
         geometry,
-        demand: demand(header, &own),
+        demand: demand(header, &own) + bitmaps / header.cluster_size(),
         end: storage.len().div_ceil(geometry.cluster_size()),
     };
     filling.fill_present(storage, header).await?;
@@ -67,6 +73,20 @@ pub fn committed_length_of_new(options: &CreateOptions) -> Result<u64> {
     filling.fill_new_blocks(empty.refcount_blocks, entries);
     filling.fill_grown(entries);
     Ok(filling.length())
+}
+
+/// The length of a new image's file once everything is allocated, if its refcount table is as long as that takes from
+/// the start: what stock tools call fully allocated. [`committed_length_of_new`] counts what growing it leaves behind.
+///
+/// # Errors
+/// As [`super::create::create`].
+pub fn full_length(options: &CreateOptions) -> Result<u64> {
+    let header = plan_empty(options)?.header;
+    let tables = header.l1_entries_for(header.size);
+    let l1_clusters = (tables * 8).div_ceil(header.cluster_size());
+    let others = 1 + l1_clusters + tables + guest_clusters(&header);
+    let (blocks, table_clusters) = refcount_clusters(&header, others);
+    Ok((others + blocks + table_clusters) * header.cluster_size())
 }
 
 fn require_refcounts(header: &Header) -> Result<()> {
@@ -174,7 +194,9 @@ impl ReadBudget {
         self.left = self.left.checked_sub(1).ok_or_else(|| {
             Error::new(
                 ErrorKind::Corrupt,
-                format!("the {table} points to more {names} than the file has clusters: run `seethrough check IMAGE`"),
+                format!(
+                    "the {table} points to more {names} than the file has clusters: run `seethrough check IMAGE`"
+                ),
             )
         })?;
         Ok(())

@@ -222,18 +222,8 @@ impl Layout {
             ));
         }
         let l1_clusters = (l1_entries * 8).div_ceil(cluster_size);
-        let block_entries = cluster_size * 8 / u64::from(header.refcount_bits());
-        // Blocks and table count themselves: grow them until they cover everything.
-        let (mut refcount_blocks, mut table_clusters) = (1, 1);
-        let clusters = loop {
-            let clusters = 1 + table_clusters + refcount_blocks + l1_clusters;
-            let blocks_needed = clusters.div_ceil(block_entries);
-            let table_needed = (blocks_needed * 8).div_ceil(cluster_size);
-            if blocks_needed <= refcount_blocks && table_needed <= table_clusters {
-                break clusters;
-            }
-            (refcount_blocks, table_clusters) = (blocks_needed, table_needed);
-        };
+        let (refcount_blocks, table_clusters) = refcount_clusters(header, 1 + l1_clusters);
+        let clusters = 1 + table_clusters + refcount_blocks + l1_clusters;
         let refcount_blocks_at = HostOffset((1 + table_clusters) * cluster_size);
         header.refcount_table_offset = HostOffset(cluster_size);
         header.refcount_table_clusters = narrow(table_clusters)?;
@@ -262,6 +252,22 @@ impl Layout {
             .writev(self.refcount_blocks_at, IoBuf::from_bytes(&ones))
             .await
             .context(|| "writing refcounts")
+    }
+}
+
+/// Refcount blocks, and clusters of the refcount table, that describe `others` clusters, one at least, and themselves.
+pub(super) fn refcount_clusters(header: &Header, others: u64) -> (u64, u64) {
+    let cluster_size = header.cluster_size();
+    let block_entries = cluster_size * 8 / u64::from(header.refcount_bits());
+    let (mut blocks, mut table_clusters) = (1, 1);
+    loop {
+        let clusters = others + table_clusters + blocks;
+        let blocks_needed = clusters.div_ceil(block_entries);
+        let table_needed = (blocks_needed * 8).div_ceil(cluster_size);
+        if blocks_needed <= blocks && table_needed <= table_clusters {
+            return (blocks, table_clusters);
+        }
+        (blocks, table_clusters) = (blocks_needed, table_needed);
     }
 }
 
