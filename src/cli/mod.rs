@@ -79,6 +79,8 @@ verbs! {
     Check in check;
     /// Show what holds each range of a disk
     Map in map;
+    /// Tell whether two disks have the same contents
+    Compare in compare;
     /// Copy a disk into an image of another kind
     Convert in convert;
     /// Take, apply, delete or list internal snapshots

@@ -3,6 +3,7 @@
 //!
 //! A job takes open images and a [`crate::progress::Progress`]; it prints nothing and knows no arguments.
 
+pub mod compare;
 pub mod convert;
 pub mod copy;
 pub mod extents;

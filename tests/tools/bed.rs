@@ -80,7 +80,8 @@ impl Bed {
         let output = self.seethrough(arguments);
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(code), "{arguments:?}: {stderr}");
-        assert!(stderr.starts_with("seethrough: "), "{stderr}");
+        let told = stderr.lines().any(|line| line.starts_with("seethrough: "));
+        assert!(told, "{stderr}");
         stderr
     }
 

@@ -4,6 +4,7 @@
 mod engine;
 
 mod bed;
+mod compare;
 mod convert;
 mod map;
 mod resize;
