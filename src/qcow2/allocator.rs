@@ -23,6 +23,7 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::address_hash::AddressHasher;
+use super::cluster_ranges::ClusterRanges;
 use super::entry::decode_refcount_table_entry;
 use super::geometry::{Geometry, to_usize};
 use super::header::MAX_HOST_OFFSET;
@@ -84,9 +85,9 @@ pub(super) struct State {
     untouched: u64,
     /// Where compressed data may go on (`qcow2::packing`).
     pub(super) packed_to: Option<HostOffset>,
-    /// Header, L1 table, refcount table, snapshot table.
-    fixed: Vec<Range<u64>>,
-    /// Refcount blocks and active L2 tables.
+    /// Header, L1 tables, refcount table, snapshot table.
+    fixed: ClusterRanges,
+    /// Refcount blocks and L2 tables.
     tables: HashSet<u64, BuildHasherDefault<AddressHasher>>,
 }
 
@@ -98,9 +99,9 @@ pub(super) struct Layout {
     pub(super) table: Vec<u64>,
     /// The file's length in bytes.
     pub(super) file_len: u64,
-    /// Byte ranges of the header, the L1 table and the snapshot table.
+    /// Byte ranges of the header, of L1 tables and of the snapshot table.
     pub(super) fixed: Vec<Range<u64>>,
-    /// The active L2 tables.
+    /// The L2 tables, those of snapshots included.
     pub(super) l2_tables: Vec<HostOffset>,
 }
 
@@ -109,9 +110,13 @@ impl Allocator {
     pub(super) fn new(geometry: Geometry, blocks: TableCache, layout: Layout) -> Self {
         let size = geometry.cluster_size();
         let clusters = |bytes: &Range<u64>| bytes.start / size..bytes.end.div_ceil(size);
-        let mut fixed: Vec<Range<u64>> = layout.fixed.iter().map(clusters).collect();
+        let mut fixed = ClusterRanges::default();
+        layout
+            .fixed
+            .iter()
+            .for_each(|bytes| fixed.insert(clusters(bytes)));
         let table_bytes = layout.table.len() as u64 * 8;
-        fixed.push(clusters(
+        fixed.insert(clusters(
             &(layout.table_at.0..layout.table_at.0 + table_bytes),
         ));
         let refcount_blocks = layout
@@ -246,7 +251,7 @@ impl Allocator {
         self.lock().tables.insert(cluster.0);
     }
 
-    /// Whether a cluster holds a refcount block or an active L2 table.
+    /// Whether a cluster holds a refcount block or an L2 table.
     pub(super) fn is_table(&self, cluster: HostCluster) -> bool {
         self.lock().tables.contains(&cluster.0)
     }
@@ -356,10 +361,7 @@ fn first_free_run(bytes: &[u8], within: Range<u64>, want: u64, order: u32) -> Op
 impl State {
     /// Invariant 5.
     fn check_not_metadata(&self, run: &Range<u64>) -> Result<()> {
-        let fixed = self
-            .fixed
-            .iter()
-            .any(|used| used.start < run.end && run.start < used.end);
+        let fixed = self.fixed.overlaps(run);
         if fixed || run.clone().any(|cluster| self.tables.contains(&cluster)) {
             return Err(Error::new(
                 ErrorKind::Corrupt,
@@ -520,9 +522,9 @@ impl Allocator {
         state.table.resize(growth.bytes.len() / 8, 0);
         state.table_at = growth.table_at;
         let old = growth.old.first.0..growth.old.first.0 + growth.old.count;
-        state.fixed.retain(|used| *used != old);
+        state.fixed.remove(old);
         let new = self.geometry.host_cluster(growth.table_at).0;
-        state.fixed.push(new..new + growth.table_clusters);
+        state.fixed.insert(new..new + growth.table_clusters);
         state.untouched = state.untouched.max(new + growth.table_clusters);
         for at in &growth.blocks {
             state.tables.insert(self.geometry.host_cluster(*at).0);

@@ -19,6 +19,7 @@ use super::header::{CompressionType, Header};
 use super::health::{Health, require_refcounts};
 use super::l1::L1Table;
 use super::quarantine::Retired;
+use super::snapshot_metadata::SnapshotMetadata;
 use super::table_cache::TableCache;
 use crate::error::{Context, Result};
 use crate::image::{Access, Image};
@@ -104,7 +105,7 @@ impl Qcow2 {
         let l1_bytes = u64::from(header.l1_size) * 8;
         let l1 = read_table(storage.as_ref(), header.l1_table_offset, l1_bytes).await?;
         let l1 = L1Table::new(geometry, header.l1_table_offset, &l1);
-        let allocator = open_allocator(&storage, geometry, &header, &l1).await?;
+        let allocator = open_allocator(&storage, access, &header, &l1).await?;
         let virtual_size = header.virtual_size();
         let l2_limit = geometry.l2_bytes_for(virtual_size).min(MAX_L2_CACHE);
         Ok(Self {
@@ -168,23 +169,27 @@ pub(super) async fn read_table(storage: &dyn Storage, at: HostOffset, len: u64) 
 
 async fn open_allocator(
     storage: &Arc<dyn Storage>,
-    geometry: Geometry,
+    access: Access,
     header: &Header,
     l1: &L1Table,
 ) -> Result<Allocator> {
+    let geometry = Geometry::new(header);
+    let snapshots = match access {
+        // Nothing is going to be handed out.
+        Access::ReadOnly => SnapshotMetadata::default(),
+        Access::ReadWrite => SnapshotMetadata::read(storage.as_ref(), geometry, header).await?,
+    };
     let cluster_size = geometry.cluster_size();
     let table_at = header.refcount_table_offset;
     let table_bytes = u64::from(header.refcount_table_clusters) * cluster_size;
     let table = read_table(storage.as_ref(), table_at, table_bytes).await?;
     let (words, _) = table.as_chunks::<8>();
     let l1_at = header.l1_table_offset.0;
-    let snapshots_at = header.snapshots_offset.0;
     let mut fixed = vec![
         0..cluster_size,
         l1_at..l1_at + u64::from(header.l1_size) * 8,
-        // An entry has 40 bytes and more; how many more is known to those who read the table.
-        snapshots_at..snapshots_at + u64::from(header.nb_snapshots) * 40,
     ];
+    fixed.extend(snapshots.ranges);
     if let Ok(Some((at, len))) = BitmapDirectory::place(header) {
         fixed.push(at.0..at.0 + len);
     }
@@ -193,7 +198,7 @@ async fn open_allocator(
         table: words.iter().map(|word| u64::from_be_bytes(*word)).collect(),
         file_len: storage.len(),
         fixed,
-        l2_tables: l1.tables().collect(),
+        l2_tables: l1.tables().chain(snapshots.l2_tables).collect(),
     };
     let blocks = TableCache::new(Arc::clone(storage), cluster_size, MAX_REFCOUNT_CACHE);
     Ok(Allocator::new(geometry, blocks, layout))
