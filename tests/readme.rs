@@ -5,7 +5,7 @@ use std::process::Command;
 
 const VERBS: &[&str] = &[
     "serve", "prepare", "create", "flatten", "info", "map", "convert", "snapshot", "resize",
-    "check", "measure", "compare",
+    "check", "measure", "compare", "rebase",
 ];
 
 fn help(verb: &str) -> String {

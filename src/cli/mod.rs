@@ -79,6 +79,8 @@ verbs! {
     Check in check;
     /// Show what holds each range of a disk
     Map in map;
+    /// Give an overlay another backing image
+    Rebase in rebase;
     /// Tell whether two disks have the same contents
     Compare in compare;
     /// Copy a disk into an image of another kind

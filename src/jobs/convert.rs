@@ -138,7 +138,8 @@ fn write_to(
 }
 
 /// The image as the qcow2 image that it is.
-pub(super) fn as_qcow2(image: &dyn Image) -> Option<&Qcow2> {
+#[must_use]
+pub fn as_qcow2(image: &dyn Image) -> Option<&Qcow2> {
     let any: &dyn std::any::Any = image;
     any.downcast_ref()
 }

@@ -11,4 +11,5 @@ pub mod figures;
 mod lanes;
 pub mod map;
 pub mod measure;
+pub mod rebase;
 pub mod source;

@@ -140,6 +140,12 @@ impl Qcow2 {
         self.allocator.blocks.set_limit(bytes);
     }
 
+    /// The file that the image is in. Whoever writes to it must have closed the image first.
+    #[must_use]
+    pub fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
     /// Changes the header's fixed fields, on disk and in memory: one write within one sector.
     ///
     /// # Errors

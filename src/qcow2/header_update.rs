@@ -100,7 +100,7 @@ impl Append {
 }
 
 /// Writes and makes durable.
-async fn put(storage: &dyn Storage, at: usize, bytes: &[u8]) -> Result<()> {
+pub(super) async fn put(storage: &dyn Storage, at: usize, bytes: &[u8]) -> Result<()> {
     storage
         .writev(HostOffset(at as u64), IoBuf::from_bytes(bytes))
         .await?;
@@ -108,7 +108,7 @@ async fn put(storage: &dyn Storage, at: usize, bytes: &[u8]) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::error::{Error, ErrorKind};
     use crate::qcow2::header::Version;
@@ -118,9 +118,19 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     /// Fails every write after the first few, in whose place it leaves nothing.
-    struct PowerCut {
+    pub(in crate::qcow2) struct PowerCut {
         storage: MemoryStorage,
         writes_left: AtomicU64,
+    }
+
+    impl PowerCut {
+        /// A storage that holds `bytes` and takes this many writes.
+        pub(in crate::qcow2) fn after(writes: u64, bytes: Vec<u8>) -> Self {
+            Self {
+                storage: MemoryStorage::new(bytes),
+                writes_left: AtomicU64::new(writes),
+            }
+        }
     }
 
     impl Storage for PowerCut {
@@ -190,10 +200,7 @@ mod tests {
                 let new = vec![b'x'; 700];
                 let mut writes = 0;
                 loop {
-                    let storage = PowerCut {
-                        storage: MemoryStorage::new(bytes.clone()),
-                        writes_left: AtomicU64::new(writes),
-                    };
+                    let storage = PowerCut::after(writes, bytes.clone());
                     let result = set(&storage, &new);
                     let after = block_on(Header::read(&storage)).unwrap();
                     assert_eq!(after.backing_file, before.backing_file);

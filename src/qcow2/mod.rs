@@ -15,6 +15,7 @@
 mod address_hash;
 mod allocation;
 mod allocator;
+pub mod backing_update;
 pub mod bitmap;
 pub mod check;
 mod cluster_ranges;

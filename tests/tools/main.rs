@@ -7,5 +7,6 @@ mod bed;
 mod compare;
 mod convert;
 mod map;
+mod rebase;
 mod resize;
 mod snapshot;
