@@ -44,22 +44,29 @@ pub enum Mapped {
 /// A freed host cluster is handed out again only after every I/O that may still touch it has ended.
 #[derive(Debug, Default)]
 pub struct InFlight {
-    _token: Option<Arc<dyn Send + Sync + std::any::Any>>,
+    token: Option<Arc<dyn Send + Sync + std::any::Any>>,
 }
 
 impl InFlight {
     /// A guard for an image whose extents never move.
     #[must_use]
     pub fn none() -> Self {
-        Self { _token: None }
+        Self { token: None }
+    }
+
+    /// `buf`, which holds this guard too: until the I/O with it has ended, even where nobody waits for that any more.
+    #[must_use]
+    pub fn held_by(&self, buf: IoBuf) -> IoBuf {
+        match &self.token {
+            Some(token) => buf.keeping(Arc::clone(token) as _),
+            None => buf,
+        }
     }
 
     /// A guard that lives as long as `token` is held.
     #[must_use]
     pub fn holding(token: Arc<dyn Send + Sync + std::any::Any>) -> Self {
-        Self {
-            _token: Some(token),
-        }
+        Self { token: Some(token) }
     }
 }
 

@@ -29,8 +29,8 @@
 //!
 //! Data is written before its entry changes in memory (`qcow2::write`), so a barrier after the capture covers it.
 //!
-//! A failed write of metadata or a failed barrier poisons the image; a full disk does not, since all copies are
-//! dirty again and the next write-back repeats them in the same order.
+//! A failed write of metadata, a failed barrier or a write-back that is dropped poisons the image; a full disk does
+//! not, since all copies are dirty again and the next write-back repeats them in the same order.
 
 use std::sync::atomic::Ordering;
 
@@ -81,7 +81,10 @@ impl Qcow2 {
         }
         let number = self.flushes_begun.fetch_add(1, Ordering::SeqCst) + 1;
         self.check_not_poisoned()?;
-        self.write_back().await?;
+        let unless_dropped = self.health.poison_if_dropped("writing metadata back");
+        let outcome = self.write_back().await;
+        unless_dropped.settle();
+        outcome?;
         *last_done = number;
         Ok(())
     }

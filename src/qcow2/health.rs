@@ -61,6 +61,35 @@ impl Health {
     }
 }
 
+/// A change of several writes under way. Dropped before its end it leaves the disk in a state that nobody knows, and
+/// writes that may still be under way: all further ones are forbidden.
+#[must_use]
+pub(super) struct PoisonIfDropped<'a> {
+    health: &'a Health,
+    what: &'static str,
+}
+
+impl Health {
+    /// Sees to it that dropping the calling task from here on forbids all further writes.
+    pub(super) fn poison_if_dropped(&self, what: &'static str) -> PoisonIfDropped<'_> {
+        PoisonIfDropped { health: self, what }
+    }
+}
+
+impl PoisonIfDropped<'_> {
+    /// The change has come to its end, well or not.
+    pub(super) fn settle(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for PoisonIfDropped<'_> {
+    fn drop(&mut self) {
+        self.health
+            .poison(&format_args!("{} was cut short", self.what));
+    }
+}
+
 /// Whether the refcounts of an image that is to be written can be relied on.
 ///
 /// # Errors

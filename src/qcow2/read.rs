@@ -39,7 +39,8 @@ impl Qcow2 {
     /// # Errors
     /// The storage's and the backing image's; [`ErrorKind::Corrupt`] for metadata that makes no sense.
     pub(super) async fn read_range(&self, at: GuestOffset, buf: &IoBuf) -> Result<()> {
-        let _in_flight = self.grace.enter();
+        let in_flight = self.grace.enter();
+        let buf = in_flight.held_by(buf.clone());
         // All is looked up before anything is read, so that a failed lookup leaves no I/O behind.
         let mut runs: SmallVec<[(GuestOffset, ReadMapping, IoBuf); 4]> = SmallVec::new();
         let mut done = 0;

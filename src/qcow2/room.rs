@@ -4,8 +4,8 @@
 //!
 //! Numbers in brackets are those of the crash order in `qcow2::flush`.
 //!
-//! 1. Whoever takes clusters either links them or gives them back ([`Taken`]); a task that is dropped while its I/O
-//!    may still be under way leaves them taken: a leak, never a cluster used twice.
+//! 1. Whoever takes clusters either links them or gives them back ([`Taken`]). Those of a task that is dropped while
+//!    its I/O may still be under way go the way of unlinked ones: they are free once that I/O has ended.
 //! 2. \[rule 7\] The refcount table grows by writing the new one with its blocks, a barrier, one header write, and a
 //!    barrier; then only is the old one freed.
 
@@ -44,7 +44,35 @@ impl Taken {
     }
 }
 
+/// Clusters that a task has taken. If it is dropped, they are given back when nothing uses them any more.
+#[must_use]
+pub(super) struct ReclaimIfDropped<'a> {
+    image: &'a Qcow2,
+    clusters: Vec<HostCluster>,
+}
+
+impl ReclaimIfDropped<'_> {
+    /// The task has gone on, and knows itself what becomes of them.
+    pub(super) fn settle(mut self) {
+        self.clusters.clear();
+    }
+}
+
+impl Drop for ReclaimIfDropped<'_> {
+    fn drop(&mut self) {
+        self.image.unlink(self.clusters.drain(..));
+    }
+}
+
 impl Qcow2 {
+    /// Sees to it that clusters are given back if the calling task is dropped from here on.
+    pub(super) fn reclaim_if_dropped(&self, taken: &Taken) -> ReclaimIfDropped<'_> {
+        ReclaimIfDropped {
+            image: self,
+            clusters: taken.clusters().map(|(cluster, _)| cluster).collect(),
+        }
+    }
+
     /// Takes `count` clusters, as contiguous as there is room.
     ///
     /// # Errors
@@ -53,7 +81,10 @@ impl Qcow2 {
         let mut taken = Taken::default();
         let mut missing = count;
         while missing > 0 {
-            match self.take_run(missing).await {
+            let unless_dropped = self.reclaim_if_dropped(&taken);
+            let run = self.take_run(missing).await;
+            unless_dropped.settle();
+            match run {
                 Ok(run) => {
                     missing -= run.count;
                     taken.runs.push(run);
@@ -130,7 +161,10 @@ impl Qcow2 {
         }
         self.check_not_poisoned()?;
         let growth = self.allocator.plan_growth(MAX_REFCOUNT_TABLE_BYTES)?;
-        match self.write_grown_table(&growth).await {
+        let unless_dropped = self.health.poison_if_dropped("growing the refcount table");
+        let outcome = self.write_grown_table(&growth).await;
+        unless_dropped.settle();
+        match outcome {
             Ok(()) => {
                 self.allocator.finish_growth(&growth);
                 let old =

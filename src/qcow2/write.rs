@@ -9,7 +9,9 @@
 //!    bytes of it that are allocated, except by an overlapping request.
 //! 2. \[rules 2, 3\] The entry changes only after all bytes of its new subclusters have been written.
 //! 3. \[rule 8\] An L2 table is changed only while its L1 entry has COPIED; else a copy takes its place first.
-//! 4. A write that fails changes no entry, and gives the clusters back that it took.
+//! 4. A write that fails, or is dropped before its end, changes no entry, and gives the clusters back that it took.
+//! 5. What is written holds a token of `grace` until the kernel is done with it: a write that was dropped may still
+//!    be under way, and its clusters are not given to others before it has ended.
 
 use std::sync::Arc;
 
@@ -55,7 +57,8 @@ impl Qcow2 {
     /// The storage's and the backing image's, [`crate::error::ErrorKind::NoSpace`],
     /// [`crate::error::ErrorKind::Corrupt`].
     pub(super) async fn write_range(&self, at: GuestOffset, buf: &IoBuf) -> Result<()> {
-        let _in_flight = self.grace.enter();
+        let in_flight = self.grace.enter();
+        let buf = in_flight.held_by(buf.clone());
         let mut runs: SmallVec<[(GuestOffset, WriteMapping, IoBuf); 4]> = SmallVec::new();
         let mut done = 0;
         while done < buf.len() {
@@ -90,8 +93,11 @@ impl Qcow2 {
             .filter(|write| write.plan.entry.host.is_none())
             .count();
         let taken = self.take_clusters(missing as u64).await?;
+        let unless_dropped = self.reclaim_if_dropped(&taken);
         self.place_new(&mut writes, &taken);
-        match self.write_parts(&writes, &buf).await {
+        let outcome = self.write_parts(&writes, &buf).await;
+        unless_dropped.settle();
+        match outcome {
             Ok(()) => {
                 self.link(&slice, &writes);
                 Ok(())
@@ -227,9 +233,11 @@ impl Qcow2 {
             }
         }
         join_all(reads).await?;
-        let writes = host_writes
-            .into_iter()
-            .map(|write| -> Piece<'_> { self.storage.writev(write.at, IoBuf::concat(write.bufs)) });
+        let in_flight = self.grace.enter();
+        let writes = host_writes.into_iter().map(|write| -> Piece<'_> {
+            let buf = in_flight.held_by(IoBuf::concat(write.bufs));
+            self.storage.writev(write.at, buf)
+        });
         join_all(writes).await
     }
 

@@ -137,6 +137,20 @@ impl IoBuf {
         whole
     }
 
+    /// The same memory, which keeps `what` alive too, for as long as anyone (the kernel too) holds it or a part of it.
+    #[must_use]
+    pub fn keeping(mut self, what: Arc<dyn Any + Send + Sync>) -> Self {
+        self.keep.push(what);
+        self
+    }
+
+    /// The same memory, which keeps alive what `other` does.
+    #[must_use]
+    pub fn keeping_as(mut self, other: &Self) -> Self {
+        self.keep.extend(other.keep.iter().cloned());
+        self
+    }
+
     /// Bytes in all segments together.
     #[must_use]
     pub fn len(&self) -> usize {

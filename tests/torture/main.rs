@@ -7,6 +7,7 @@
 #![allow(unreachable_pub)]
 
 mod concurrency;
+mod dropped;
 #[path = "../engine/mod.rs"]
 mod engine;
 mod full_disk;

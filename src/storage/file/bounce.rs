@@ -63,6 +63,8 @@ impl FileStorage {
             self.file.read(tail_at, tail).await?;
         }
         bounce.copy_from_buf(start, &buf);
+        // What the request holds is held until the kernel is done, even if nobody waits for that any more.
+        let bounce = bounce.keeping_as(&buf);
         self.file.write(HostOffset(blocks.start), bounce).await
     }
 
