@@ -18,10 +18,10 @@ use crate::engine::{Allowed, check, for_each_seed, qemu_img, rng, run_interleave
 use crate::guests::{Guests, Record, sectors};
 use crate::storage::Tearing;
 
-/// A kind of image, what a write in it may copy up, and how large a part of it guests fight for.
+/// A kind of image, what is allocated together in it, and how large a part of it guests fight for.
 struct Kind {
     options: &'static str,
-    copied_unit: u64,
+    unit: u64,
     area: u64,
 }
 
@@ -35,10 +35,10 @@ const KINDS: &[Kind] = &[
     kind("cluster_size=64k,extended_l2=on", 2 << 10, 8 << 10),
 ];
 
-const fn kind(options: &'static str, copied_unit: u64, area: u64) -> Kind {
+const fn kind(options: &'static str, unit: u64, area: u64) -> Kind {
     Kind {
         options,
-        copied_unit,
+        unit,
         area,
     }
 }
@@ -133,13 +133,11 @@ fn run_seed(kind: &Kind, seed: u64) {
         vec![kind]
     };
     let family = Family::create(&kinds, seed);
-    let copied_units = [512]
-        .into_iter()
-        .chain(kinds.iter().map(|kind| kind.copied_unit));
+    let units = [512].into_iter().chain(kinds.iter().map(|kind| kind.unit));
     let start = rng.random_range(0..4) * 512;
     let guests = Guests::new(
         family.images.clone(),
-        copied_units.collect(),
+        units.collect(),
         start..start + kind.area,
     );
     let mut queues: Vec<Queue<'_>> = Vec::new();

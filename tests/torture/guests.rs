@@ -57,8 +57,8 @@ enum Kind {
 /// The disks of a chain, the lowest first, and the clock of all their guests.
 pub struct Guests {
     pub layers: Vec<Arc<dyn Image>>,
-    /// What a write of other sectors may copy up: the size in bytes in each layer.
-    pub copied_units: Vec<u64>,
+    /// Bytes that are allocated together, and so copied up or zeroed with a write to some of them: in each layer.
+    pub units: Vec<u64>,
     /// The part of the disks that they fight for.
     pub area: Range<u64>,
     clock: AtomicU64,
@@ -66,10 +66,10 @@ pub struct Guests {
 }
 
 impl Guests {
-    pub fn new(layers: Vec<Arc<dyn Image>>, copied_units: Vec<u64>, area: Range<u64>) -> Self {
+    pub fn new(layers: Vec<Arc<dyn Image>>, units: Vec<u64>, area: Range<u64>) -> Self {
         Self {
             layers,
-            copied_units,
+            units,
             area,
             clock: AtomicU64::new(0),
             values: AtomicU64::new(1),
@@ -175,11 +175,14 @@ impl Guests {
                 (Kind::Write(first), Some(number)) => add(layer, Act::Write(first + number)),
                 (Kind::Zero, Some(_)) => add(layer, Act::Zero),
                 (Kind::Discard, Some(_)) => add(layer, Act::Discard),
-                (Kind::Write(_) | Kind::Zero, None) if self.may_copy(record, at) => {
-                    add(layer - 1, Act::Look(looks));
-                    add(layer - 1, Act::Take(looks));
-                    add(layer, Act::Publish(looks));
-                    looks += 1;
+                (Kind::Write(_) | Kind::Zero, None) if self.is_beside(record, at) => {
+                    add(layer, Act::Beside);
+                    if layer > 0 {
+                        add(layer - 1, Act::Look(looks));
+                        add(layer - 1, Act::Take(looks));
+                        add(layer, Act::Publish(looks));
+                        looks += 1;
+                    }
                 }
                 _ => {}
             }
@@ -187,10 +190,10 @@ impl Guests {
         events
     }
 
-    /// Whether a request beside a sector may have copied it up.
-    fn may_copy(&self, record: &Record, at: u64) -> bool {
-        let unit = self.copied_units[record.layer];
+    /// Whether a request beside a sector is to the same unit.
+    fn is_beside(&self, record: &Record, at: u64) -> bool {
+        let unit = self.units[record.layer];
         let around = record.range.start / unit * unit..record.range.end.next_multiple_of(unit);
-        record.layer > 0 && around.contains(&at)
+        around.contains(&at)
     }
 }

@@ -9,9 +9,9 @@
 //! - A read looks first which layer has the value, and then fetches it. Only a base that is written at the same time
 //!   lets the difference show: what a child has begun to read from its base, it reads as of the end of its read, even
 //!   where the child was written meanwhile.
-//! - Three at once are less orderly, since zeroes may keep a sector's room: where it is zeroed and written again while
-//!   an earlier request is under way all the time, an earlier read may see the new write before others do, and an
-//!   earlier write may show once more when the new one ends.
+//! - Three at once are less orderly, since zeroes may keep a sector's room: where it is zeroed, and it or a neighbour
+//!   in its cluster written, while an earlier request is under way all the time, an earlier read may see the new write
+//!   before others do, and an earlier write may show once more when the new one ends.
 //! - A write to other sectors of the same cluster may copy this sector up: it reads it from the layer below, and at a
 //!   later moment gives that to the layer as its own, both while the write is under way. Between the two the lower
 //!   layer may have been written: that, too, is a base that changes while a child copies from it.
@@ -34,6 +34,8 @@ pub enum Act {
     Zero,
     /// Zeros, or nothing.
     Discard,
+    /// Other sectors of the same cluster are written.
+    Beside,
     /// This write shows once more, or not.
     Again(Value),
     /// Has found whatever there is: for a copy that is perhaps made.
@@ -101,6 +103,7 @@ impl State {
             // Once a layer has something of its own, it always has.
             Act::Look(_) | Act::Publish(_) => is_own(event.layer),
             Act::Take(_) => is_own(event.layer + 1),
+            Act::Beside => true,
             Act::Write(_) | Act::Again(_) | Act::Zero | Act::Discard => false,
         }
     }
@@ -132,6 +135,7 @@ impl State {
                 next.own[layer] = Some(value);
                 vec![next]
             }
+            Act::Beside => vec![self.clone()],
             Act::Again(value) => {
                 let mut next = self.clone();
                 next.own[layer] = Some(value);
@@ -180,12 +184,19 @@ fn repeated(events: &[Event]) -> Vec<Event> {
             continue;
         };
         let cleared = with_overlap(event, |act| matches!(act, Act::Zero | Act::Discard));
-        let later = with_overlap(event, |act| matches!(act, Act::Write(_)));
-        for write in later.iter().filter(|write| write.act != event.act) {
-            if cleared.iter().any(|clearing| clearing.began < write.ended) {
-                let act = Act::Again(value);
-                repeated.push(Event { act, ..*write });
-            }
+        let mut later = with_overlap(event, |act| matches!(act, Act::Write(_) | Act::Beside));
+        later.retain(|write| {
+            write.act != event.act && cleared.iter().any(|one| one.began < write.ended)
+        });
+        let began = later.iter().map(|write| write.began).min();
+        let ended = later.iter().map(|write| write.ended).max();
+        if let (Some(began), Some(ended)) = (began, ended) {
+            repeated.push(Event {
+                act: Act::Again(value),
+                began,
+                ended,
+                ..*event
+            });
         }
     }
     repeated
@@ -196,11 +207,14 @@ fn repeated(events: &[Event]) -> Vec<Event> {
 /// # Panics
 /// With more than 128 events: the search would take too long.
 pub fn is_explainable(initial: Value, layers: usize, events: &[Event]) -> bool {
-    // What is explained without them needs them not.
-    explain(initial, layers, events) || {
-        let all = [events, &repeated(events)].concat();
-        all.len() > events.len() && explain(initial, layers, &all)
+    let repeated = repeated(events);
+    let mut events = events.to_vec();
+    events.retain(|event| event.act != Act::Beside);
+    if explain(initial, layers, &events) {
+        return true;
     }
+    events.extend(&repeated);
+    !repeated.is_empty() && explain(initial, layers, &events)
 }
 
 fn explain(initial: Value, layers: usize, events: &[Event]) -> bool {

@@ -92,7 +92,7 @@ fn run_queues(guests: &Arc<Guests>, queues: usize, seed: u64) -> Vec<Record> {
                 let guests = Arc::clone(guests);
                 let layer = rng.random_range(0..2);
                 let rng = crate::engine::rng(rng.random());
-                reactor.spawn_local(async move { guests.queue(layer, 9, rng).await })
+                reactor.spawn_local(async move { guests.queue(layer, 7, rng).await })
             })
             .collect();
         let mut records = Vec::new();
@@ -113,7 +113,7 @@ fn every_sector_is_a_register_for_real_threads() {
             // Every history has a part of the disk of its own.
             for start in (0..25u64).map(|number| number * (256 << 10)) {
                 let area = start..start + (8 << 10);
-                let guests = Guests::new(images[..2].to_vec(), vec![64 << 10, *unit], area);
+                let guests = Guests::new(images[..2].to_vec(), vec![*unit; 2], area);
                 one_history(&Arc::new(guests), seed ^ start);
             }
             judge(directory.path(), images);
