@@ -371,3 +371,181 @@ impl Drop for InUse {
         self.process.wait().expect("qemu-io ends");
     }
 }
+
+#[test]
+fn a_dump_follows_offsets_to_where_stock_tools_map_them_and_back() {
+    let directory = Directory::new();
+    let image = directory.path("top.qcow2").display().to_string();
+    for options in ["cluster_size=4k", "extended_l2=on", "compat=0.10"] {
+        directory.qemu_img(&["create", "-q", "-f", "qcow2", "base.qcow2", "4M"]);
+        let base = directory.path("base.qcow2").display().to_string();
+        oracle::ok("qemu-io", ["-f", "qcow2", "-c", "write -P 1 1M 2M", &base]);
+        let over = ["-b", "base.qcow2", "-F", "qcow2"];
+        directory.qemu_img(
+            &[
+                &["create", "-q", "-f", "qcow2", "-o", options],
+                &over[..],
+                &["top.qcow2"],
+            ]
+            .concat(),
+        );
+        let commands = [
+            "write -c -P 2 0 64k",
+            "write -P 3 1536k 256k",
+            "write -P 4 1600k 8k",
+        ];
+        for command in commands {
+            oracle::ok("qemu-io", ["-f", "qcow2", "-c", command, &image]);
+        }
+        directory.qemu_img(&["snapshot", "-c", "one", "top.qcow2"]);
+        oracle::ok(
+            "qemu-io",
+            ["-f", "qcow2", "-c", "write -P 5 1536k 64k", &image],
+        );
+        let map = parse(&directory.qemu_img(&["map", "--output=json", "top.qcow2"]));
+        for run in map.as_array().expect("a list") {
+            let start = run["start"].as_u64().expect("a number") + 512;
+            let way = [
+                "dump",
+                "--output=json",
+                "--guest-offset",
+                &start.to_string(),
+                "top.qcow2",
+            ];
+            let found = parse(&directory.ok(&way));
+            let way = found["way"].as_array().expect("a list");
+            let last = way.last().expect("an image");
+            let holds = last["holds"].as_str().expect("a word");
+            match (run["data"].as_bool(), run["offset"].as_u64()) {
+                (Some(true), Some(offset)) => {
+                    assert_eq!(
+                        way.len() as u64,
+                        run["depth"].as_u64().expect("a number") + 1
+                    );
+                    assert_eq!(holds, "data");
+                    assert_eq!(last["host-offset"], offset + 512, "{options} {start}");
+                    assert_eq!(last["l2-table-refcount"], 1);
+                    if way.len() == 1 {
+                        led_back(&directory, "top.qcow2", offset, start - 512);
+                    }
+                }
+                (Some(true), None) => assert_eq!(holds, "compressed data"),
+                _ => assert_eq!(holds, "nothing"),
+            }
+        }
+    }
+}
+
+/// The cluster at a host offset is told to be the guest's, of the disk or of a snapshot.
+fn led_back(directory: &Directory, image: &str, host: u64, guest: u64) {
+    let found = parse(&directory.ok(&[
+        "dump",
+        "--output=json",
+        "--host-offset",
+        &host.to_string(),
+        image,
+    ]));
+    let uses = found["uses"].as_array().expect("a list");
+    let is_it = |one: &&Value| one["kind"] == "data" && one["guest-offset"] == guest;
+    assert!(uses.iter().any(|one| is_it(&one)), "{found}");
+    assert_eq!(
+        found["refcount"].as_u64(),
+        Some(uses.len() as u64),
+        "{found}"
+    );
+}
+
+#[test]
+fn every_cluster_of_a_sound_image_is_told_by_as_many_uses_as_its_refcount() {
+    let directory = Directory::new();
+    directory.qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "cluster_size=64k",
+        "a.qcow2",
+        "1M",
+    ]);
+    let image = directory.path("a.qcow2").display().to_string();
+    oracle::ok(
+        "qemu-io",
+        [
+            "-f",
+            "qcow2",
+            "-c",
+            "write 0 128k",
+            "-c",
+            "write -c -P 7 512k 64k",
+            &image,
+        ],
+    );
+    directory.qemu_img(&["snapshot", "-c", "one", "a.qcow2"]);
+    directory.qemu_img(&["bitmap", "--add", "a.qcow2", "records"]);
+    let clusters = std::fs::metadata(&image)
+        .expect("there")
+        .len()
+        .div_ceil(65536);
+    for cluster in 0..clusters {
+        let offset = (cluster * 65536 + 7).to_string();
+        let found =
+            parse(&directory.ok(&["dump", "--output=json", "--host-offset", &offset, "a.qcow2"]));
+        let uses = found["uses"].as_array().expect("a list");
+        assert_eq!(
+            found["refcount"].as_u64(),
+            Some(uses.len() as u64),
+            "{found}"
+        );
+    }
+}
+
+#[test]
+fn a_dump_shows_what_is_broken_and_names_it() {
+    let directory = Directory::new();
+    directory.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "1G"]);
+    let image = directory.path("a.qcow2");
+    oracle::ok(
+        "qemu-io",
+        [
+            "-f",
+            "qcow2",
+            "-c",
+            "write 0 128k",
+            &image.display().to_string(),
+        ],
+    );
+    let sound = std::fs::read(&image).expect("readable");
+    let word = |at: usize| u64::from_be_bytes(sound[at..at + 8].try_into().expect("8 bytes"));
+    let l1 = usize::try_from(word(40)).expect("small");
+    let l2 = usize::try_from(word(l1) & 0x00ff_ffff_ffff_fe00).expect("small");
+    let text = directory.ok(&["dump", "--tables", "a.qcow2"]);
+    assert!(text.contains("l1_table_offset: 0x30000"), "{text}");
+    assert!(text.contains("kind data, offset 0x50000"), "{text}");
+
+    let mut broken = sound.clone();
+    broken[l2 + 6] |= 2;
+    broken[l2 + 15] |= 2;
+    std::fs::write(&image, &broken).expect("writable");
+    let text = directory.ok(&["dump", "--l2", "0", "a.qcow2"]);
+    assert!(
+        text.contains("broken points to an offset that is not aligned"),
+        "{text}"
+    );
+    assert!(text.contains("broken has reserved bits set"), "{text}");
+    let text = directory.ok(&["dump", "--guest-offset", "0", "a.qcow2"]);
+    assert!(
+        text.contains("holds: unknown, for an entry is broken"),
+        "{text}"
+    );
+
+    let mut broken = sound.clone();
+    broken[20..24].copy_from_slice(&40u32.to_be_bytes());
+    std::fs::write(&image, &broken).expect("writable");
+    let text = directory.ok(&["dump", "a.qcow2"]);
+    assert!(
+        text.contains("cluster_bits: 40") && text.contains("broken: cluster_bits is 40"),
+        "{text}"
+    );
+    directory.fails(&["dump", "--tables", "a.qcow2"], 1);
+}

@@ -9,6 +9,7 @@
 mod create_child;
 mod creation_options;
 mod disks;
+mod dump_text;
 mod figures;
 pub mod options;
 pub mod output;
@@ -91,6 +92,8 @@ verbs! {
     Resize in resize;
     /// Tell how large an image would be
     Measure in measure;
+    /// Show the tables of a qcow2 image as they lie on disk
+    Dump in dump;
     /// Serve disks to VMs over vhost-user
     Serve in serve;
     /// Reserve parts of a base for its children

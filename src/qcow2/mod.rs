@@ -23,6 +23,7 @@ pub mod commitment;
 pub mod compressed;
 mod cow;
 pub mod create;
+pub mod dump;
 mod engine;
 mod entry;
 pub mod features;

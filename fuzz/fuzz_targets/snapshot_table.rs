@@ -1,0 +1,8 @@
+//! See `bodies::snapshot_table`.
+#![no_main]
+
+#[path = "../bodies/mod.rs"]
+#[allow(dead_code)]
+mod bodies;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| bodies::snapshot_table(bytes));
