@@ -358,18 +358,23 @@ impl<'a> Kernel<'a> {
 
     /// Has the kernel commit, and writes to the disk what has changed so far, in the order that `sort` gives it.
     pub(crate) fn commit(&mut self, sort: impl FnOnce(&mut [Changed])) -> Vec<u8> {
-        // A sync of the whole filesystem would bring everything to its place, too.
-        let file = File::create(self.mount.join("marker")).unwrap();
-        file.sync_all().unwrap();
+        self.commit_unwritten();
         let mut changed = self.changes();
         sort(&mut changed);
         self.write(&changed);
         self.before.clone()
     }
 
+    /// Has the kernel commit; what it has changed is written to the disk later.
+    pub(crate) fn commit_unwritten(&self) {
+        // A sync of the whole filesystem would bring everything to its place, too.
+        let file = File::create(self.mount.join("marker")).unwrap();
+        file.sync_all().unwrap();
+    }
+
     /// The blocks that have changed since this was asked last.
     fn changes(&mut self) -> Vec<Changed> {
-        let after = fs::read(&self.copy).unwrap();
+        let after = self.settled();
         let block = block_size(&after, self.start);
         let pairs = self.before.chunks(block).zip(after.chunks(block));
         let changed = pairs
@@ -382,6 +387,18 @@ impl<'a> Kernel<'a> {
             .collect();
         self.before = after;
         changed
+    }
+
+    /// The disk as it is at one moment: a kernel that has it mounted may be writing still.
+    fn settled(&self) -> Vec<u8> {
+        let mut disk = fs::read(&self.copy).unwrap();
+        loop {
+            let again = fs::read(&self.copy).unwrap();
+            if again == disk {
+                return disk;
+            }
+            disk = again;
+        }
     }
 
     fn write(&self, changed: &[Changed]) {
