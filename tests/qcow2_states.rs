@@ -198,7 +198,7 @@ fn an_image_with_out_of_date_refcounts_is_read_and_not_written() {
     let error = open(Access::ReadWrite).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     assert!(
-        error.to_string().contains("qemu-img check -r all"),
+        error.to_string().contains("seethrough check -r all IMAGE"),
         "{error}"
     );
 }

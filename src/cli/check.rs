@@ -16,7 +16,8 @@ use crate::chain::host::{HostOptions, open_file};
 use crate::chain::inspect::{Unnamed, detect};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Access;
-use crate::qcow2::check::{Finding, Report, check};
+use crate::progress::Progress;
+use crate::qcow2::check::{Finding, Repair, Repaired, Report, check, repair};
 use crate::storage::Storage;
 use crate::sys::block_on;
 
@@ -27,7 +28,16 @@ const LEAKS: u8 = 3;
 /// Exit code for a format in which there is nothing to check.
 const NO_CHECKS: u8 = 63;
 
-/// Check an image for errors in its metadata.
+/// What `-r` takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum RepairMode {
+    /// Free clusters that nothing uses
+    Leaks,
+    /// Mend everything: what tables lead nowhere to reads as zeros
+    All,
+}
+
+/// Check an image for errors in its metadata, and repair it.
 ///
 /// The exit code is 0 for a sound image, 1 if the check failed, 2 for corruptions, 3 for leaks alone, and 63 for a
 /// format without checks.
@@ -40,6 +50,10 @@ pub struct Check {
     /// How to print
     #[arg(long, value_enum, default_value_t = OutputFormat::Human)]
     output: OutputFormat,
+
+    /// Repair the image, which nobody may use meanwhile
+    #[arg(short = 'r', value_enum, value_name = "WHAT", conflicts_with = "force_share")]
+    repair: Option<RepairMode>,
 
     /// Print errors only
     #[arg(short = 'q', long)]
@@ -66,7 +80,11 @@ impl Check {
             locking: self.sharing.locking(),
             ..HostOptions::default()
         };
-        let storage = open_file(&self.file, Access::ReadOnly, options)?;
+        let access = match self.repair {
+            Some(_) => Access::ReadWrite,
+            None => Access::ReadOnly,
+        };
+        let storage = open_file(&self.file, access, options)?;
         let format = match self.format {
             Some(format) => format,
             None => block_on(detect(&storage, Unnamed::Raw))?,
@@ -75,19 +93,35 @@ impl Check {
             eprintln!("seethrough: the format raw has no metadata that could be checked");
             return Ok(ExitCode::from(NO_CHECKS));
         }
-        let report = self.progress.during(|progress| {
-            block_on(check(&storage, &mut |finding: Finding| eprintln!("{finding}"), progress))
-        })?;
+        let outcome = self
+            .progress
+            .during(|progress| block_on(self.work(&storage, progress)))?;
         if !self.quiet {
-            output::print(&self.text(storage.name(), &report)?)?;
+            output::print(&self.text(storage.name(), &outcome)?)?;
         }
-        Ok(ExitCode::from(exit_code(&report)))
+        Ok(ExitCode::from(exit_code(&outcome.after)))
     }
 
-    fn text(&self, name: &str, report: &Report) -> Result<String> {
+    async fn work(&self, storage: &dyn Storage, progress: &Progress) -> Result<Repaired> {
+        let mut tell = |finding: Finding| eprintln!("{finding}");
+        let what = match self.repair {
+            Some(RepairMode::Leaks) => Repair::Leaks,
+            Some(RepairMode::All) => Repair::All,
+            None => {
+                let report = check(storage, &mut tell, progress).await?;
+                return Ok(Repaired {
+                    before: report,
+                    after: report,
+                });
+            }
+        };
+        repair(storage, what, &mut tell, progress).await
+    }
+
+    fn text(&self, name: &str, outcome: &Repaired) -> Result<String> {
         match self.output {
-            OutputFormat::Human => Ok(human(report)),
-            OutputFormat::Json => json(name, report),
+            OutputFormat::Human => Ok(repaired(outcome) + &human(&outcome.after)),
+            OutputFormat::Json => json(name, outcome),
         }
     }
 }
@@ -98,6 +132,15 @@ fn exit_code(report: &Report) -> u8 {
         _ if report.leaks > 0 => LEAKS,
         _ => 0,
     }
+}
+
+/// What was repaired, if anything.
+fn repaired(outcome: &Repaired) -> String {
+    let (leaks, corruptions) = (outcome.leaks_fixed(), outcome.corruptions_fixed());
+    if leaks == 0 && corruptions == 0 {
+        return String::new();
+    }
+    format!("Repaired and checked again:\n\n    {leaks} leaked clusters\n    {corruptions} corruptions\n\n")
 }
 
 fn human(report: &Report) -> String {
@@ -154,6 +197,10 @@ struct ImageCheck<'a> {
     #[serde(skip_serializing_if = "is_zero")]
     leaks: u64,
     #[serde(skip_serializing_if = "is_zero")]
+    corruptions_fixed: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    leaks_fixed: u64,
+    #[serde(skip_serializing_if = "is_zero")]
     total_clusters: u64,
     #[serde(skip_serializing_if = "is_zero")]
     allocated_clusters: u64,
@@ -167,7 +214,8 @@ fn is_zero(value: &u64) -> bool {
     *value == 0
 }
 
-fn json(name: &str, report: &Report) -> Result<String> {
+fn json(name: &str, outcome: &Repaired) -> Result<String> {
+    let report = &outcome.after;
     let image = ImageCheck {
         filename: name,
         format: Format::Qcow2.name(),
@@ -176,6 +224,8 @@ fn json(name: &str, report: &Report) -> Result<String> {
         image_end_offset: report.image_end_offset,
         corruptions: report.corruptions,
         leaks: report.leaks,
+        corruptions_fixed: outcome.corruptions_fixed(),
+        leaks_fixed: outcome.leaks_fixed(),
         total_clusters: report.total_clusters,
         allocated_clusters: report.allocated_clusters,
         fragmented_clusters: report.fragmented_clusters,

@@ -104,7 +104,7 @@ pub(super) fn require_refcounts(header: &Header) -> Result<()> {
     Err(Error::new(
         ErrorKind::Corrupt,
         "the refcounts are out of date (the dirty bit is set) and the image cannot be written: repair it with \
-         `qemu-img check -r all`, or open it read-only",
+         `seethrough check -r all IMAGE`, or open it read-only",
     ))
 }
 
@@ -199,7 +199,7 @@ impl Qcow2 {
         }
         let reason = self.health.reason.get().map_or("", String::as_str);
         log::error!(
-            "{}: {reason}; the image takes no more writes: repair it with `qemu-img check -r all`",
+            "{}: {reason}; the image takes no more writes: repair it with `seethrough check -r all IMAGE`",
             self.storage.name()
         );
         if self.access == Access::ReadOnly {

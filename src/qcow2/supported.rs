@@ -73,8 +73,8 @@ impl Header {
         {
             return Err(Error::new(
                 ErrorKind::Corrupt,
-                "the image is marked as corrupt and cannot be written: repair it with `qemu-img check -r all`, or \
-                 open it read-only",
+                "the image is marked as corrupt and cannot be written: repair it with `seethrough check -r all \
+                 IMAGE`, or open it read-only",
             ));
         }
         Ok(())

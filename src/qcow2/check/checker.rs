@@ -34,6 +34,8 @@ pub(super) struct Checker<'a> {
     pub(super) needs_rebuild: bool,
     /// Bitmaps cannot be used.
     pub(super) has_broken_bitmaps: bool,
+    /// Entries of the snapshot table lack fields.
+    pub(super) has_incomplete_snapshots: bool,
     /// Bytes that counts may take.
     pub(super) memory: usize,
     pub(super) progress: &'a Progress,
@@ -67,6 +69,7 @@ impl<'a> Checker<'a> {
             },
             needs_rebuild: false,
             has_broken_bitmaps: false,
+            has_incomplete_snapshots: false,
             memory,
             progress,
             listener,
@@ -146,6 +149,16 @@ impl<'a> Checker<'a> {
             .map(|(at, buf)| -> Piece<'_> { self.storage.readv(*at, buf.clone()) });
         join_all(reads).await?;
         Ok(buffers.iter().map(IoBuf::to_vec).collect())
+    }
+
+    /// Writes the header's fixed fields and makes them durable: one write within one sector.
+    ///
+    /// # Errors
+    /// The storage's.
+    pub(super) async fn write_header(&self) -> Result<()> {
+        self.write(HostOffset(0), &self.header.encode_fields())
+            .await?;
+        self.storage.flush().await
     }
 
     /// Overwrites bytes of the file.

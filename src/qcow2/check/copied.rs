@@ -10,7 +10,6 @@ use crate::error::Result;
 use crate::units::{HostCluster, HostOffset};
 
 /// Whether flags are set right.
-#[allow(dead_code, reason = "repairs will use them")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FixFlags {
     No,

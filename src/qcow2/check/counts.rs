@@ -164,7 +164,6 @@ impl Counts {
         self.chunks.get(&number).map_or(0, |chunk| chunk.get(index))
     }
 
-    #[cfg(test)]
     /// Whether something else than an L1 entry refers to a cluster.
     pub(super) fn has_other_use(&self, cluster: HostCluster) -> bool {
         let (number, index) = place(cluster);

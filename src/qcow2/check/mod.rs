@@ -18,7 +18,7 @@
 //!
 //! # Invariants
 //!
-//! 1. A check writes nothing.
+//! 1. A check writes nothing; a repair is in [`repair`](mod@repair).
 //! 2. Whatever an image holds, a check ends, and needs no more memory than said above: no table is followed twice
 //!    ([`walk`]), no reference leaves the file.
 
@@ -27,11 +27,15 @@ mod checker;
 mod copied;
 mod counts;
 mod entries;
+mod mend;
+mod rebuild;
 mod refcounts;
+mod repair;
 mod report;
 mod snapshots;
 mod walk;
 
+pub use repair::{Repair, Repaired, repair};
 pub use report::{Finding, Listener, Report, Severity};
 
 use super::header::Header;

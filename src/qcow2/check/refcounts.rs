@@ -15,7 +15,6 @@ use crate::units::{HostCluster, HostOffset};
 const RESERVED: u64 = 0x1ff;
 
 /// Which refcounts are set to what was counted.
-#[allow(dead_code, reason = "repairs will use them")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fix {
     Nothing,
@@ -151,10 +150,12 @@ impl Checker<'_> {
         let range = (at, self.header.cluster_size());
         self.refer(counts, range, 1, Use::Other, "refcount block");
         let cluster = self.bounds.geometry.host_cluster(at);
-        let references = counts.get(cluster).min(self.refcount_max());
+        let references = counts.get(cluster);
         if counts.covers(cluster) && references != 1 {
             self.needs_rebuild = true;
-            self.corruption(1, || {
+            // What a refcount cannot say is told as such, once.
+            let times = u64::from(references.min(self.refcount_max()) != 1);
+            self.corruption(times, || {
                 format!("refcount block {index} at {at:#x}: something else refers to it, too")
             });
         }

@@ -17,9 +17,9 @@ const MAX_EXTRA: u64 = 1024;
 /// The extra data that every entry of a version 3 image has.
 const V3_EXTRA: u64 = 16;
 
-/// An L1 table, perhaps of several snapshots.
+/// Where an L1 table lies, perhaps that of several snapshots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct InactiveL1 {
+pub(super) struct L1Place {
     pub(super) at: HostOffset,
     pub(super) entries: u64,
     /// The snapshots that share it.
@@ -32,7 +32,7 @@ pub(super) struct SnapshotTable {
     /// Bytes of the table.
     pub(super) len: u64,
     /// The L1 tables, each once.
-    pub(super) tables: Vec<InactiveL1>,
+    pub(super) tables: Vec<L1Place>,
 }
 
 impl Checker<'_> {
@@ -72,7 +72,7 @@ impl Checker<'_> {
         Ok(found)
     }
 
-    fn judge_snapshot(&mut self, number: u32, entry: &Entry, tables: &mut Vec<InactiveL1>) {
+    fn judge_snapshot(&mut self, number: u32, entry: &Entry, tables: &mut Vec<L1Place>) {
         let mut wrong = |what: &str| {
             self.walk_corruption(1, || format!("snapshot table entry {number}: {what}"));
         };
@@ -84,12 +84,13 @@ impl Checker<'_> {
             wrong("its L1 table is too large");
             return;
         }
-        tables.push(InactiveL1 {
+        tables.push(L1Place {
             at: HostOffset(at),
             entries: entry.l1_size,
             times: 1,
         });
         if self.header.version == Version::V3 && entry.extra < V3_EXTRA {
+            self.has_incomplete_snapshots = true;
             self.walk_corruption(1, || {
                 format!("snapshot table entry {number}: its extra data is incomplete")
             });

@@ -11,7 +11,7 @@ use super::super::header_extension::ExtensionType;
 use super::checker::{Checker, Voice};
 use super::counts::{Counts, Use};
 use super::entries::{L2Verdict, Target, judge_l1, judge_l2};
-use super::snapshots::InactiveL1;
+use super::snapshots::L1Place;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::HostOffset;
 
@@ -85,28 +85,41 @@ impl Checker<'_> {
     /// # Errors
     /// The storage's; [`ErrorKind::Corrupt`] for L1 tables that overlap beyond measure.
     pub(super) async fn walk(&mut self, counts: &mut Counts) -> Result<()> {
+        self.walk_references(counts).await?;
+        let table_bytes =
+            u64::from(self.header.refcount_table_clusters) * self.header.cluster_size();
+        let range = (self.header.refcount_table_offset, table_bytes);
+        self.refer(counts, range, 1, Use::Other, "refcount table");
+        self.walk_refcount_table(counts).await
+    }
+
+    /// As [`Checker::walk`], without the refcount table and its blocks.
+    ///
+    /// # Errors
+    /// As [`Checker::walk`].
+    pub(super) async fn walk_references(&mut self, counts: &mut Counts) -> Result<()> {
         let header_bytes = (HostOffset(0), self.header.cluster_size());
         self.refer(counts, header_bytes, 1, Use::Other, "header");
         let snapshots = self.read_snapshots().await?;
         let range = (self.header.snapshots_offset, snapshots.len);
         self.refer(counts, range, 1, Use::Other, "snapshot table");
         self.walk_l1_tables(counts, &snapshots.tables).await?;
-        let table_bytes =
-            u64::from(self.header.refcount_table_clusters) * self.header.cluster_size();
-        let range = (self.header.refcount_table_offset, table_bytes);
-        self.refer(counts, range, 1, Use::Other, "refcount table");
         self.walk_encryption_header(counts);
-        self.walk_bitmaps(counts).await?;
-        self.walk_refcount_table(counts).await
+        self.walk_bitmaps(counts).await
     }
 
-    async fn walk_l1_tables(&mut self, counts: &mut Counts, inactive: &[InactiveL1]) -> Result<()> {
-        let mut batch = Batch::default();
-        let active = InactiveL1 {
+    /// The disk's L1 table.
+    pub(super) fn active_l1(&self) -> L1Place {
+        L1Place {
             at: self.header.l1_table_offset,
             entries: self.header.l1_size.into(),
             times: 1,
-        };
+        }
+    }
+
+    async fn walk_l1_tables(&mut self, counts: &mut Counts, inactive: &[L1Place]) -> Result<()> {
+        let mut batch = Batch::default();
+        let active = self.active_l1();
         self.check_l1_sizes(inactive)?;
         self.walk_l1(counts, active, Owner::Active, &mut batch)
             .await?;
@@ -118,7 +131,7 @@ impl Checker<'_> {
     }
 
     /// Invariant 1: tables that do not overlap are no larger than the file, all together.
-    fn check_l1_sizes(&self, inactive: &[InactiveL1]) -> Result<()> {
+    fn check_l1_sizes(&self, inactive: &[L1Place]) -> Result<()> {
         let bytes = inactive
             .iter()
             .fold(0u64, |sum, table| sum.saturating_add(table.entries * 8));
@@ -134,7 +147,7 @@ impl Checker<'_> {
     async fn walk_l1(
         &mut self,
         counts: &mut Counts,
-        table: InactiveL1,
+        table: L1Place,
         owner: Owner,
         batch: &mut Batch,
     ) -> Result<()> {

@@ -1,0 +1,216 @@
+//! Mending entries of L1 and L2 tables that break a rule of the format.
+//!
+//! # Invariants
+//!
+//! 1. A table is written only where nothing else refers to its clusters: what an L1 entry leads to by mistake may be
+//!    somebody's data. An L2 table that is something else, too, is copied first, behind the end of the file.
+//! 2. A copy is durable before an entry points to it.
+//! 3. Every write replaces entries one by one, each within a sector, and none then refers to more than before: after
+//!    a power cut the same repair goes on where it stopped.
+
+use std::collections::HashMap;
+
+use super::super::entry::OFFSET;
+use super::super::geometry::to_usize;
+use super::checker::Checker;
+use super::counts::Counts;
+use super::entries::{judge_l1, judge_l2};
+use super::report::Severity;
+use super::snapshots::L1Place;
+use super::walk::{Batch, Owner};
+use crate::error::Result;
+use crate::units::{HostCluster, HostOffset};
+
+/// What a round of mending has done so far.
+#[derive(Default)]
+struct Round {
+    is_changed: bool,
+    /// Copies of L2 tables, by where the tables lie.
+    copies: HashMap<u64, u64>,
+    /// Entries of L1 tables to be written when the copies are durable: where, and what.
+    entries: Vec<(HostOffset, u64)>,
+}
+
+impl Checker<'_> {
+    /// Copies the disk's L1 table to a place of its own if it is something else, too.
+    ///
+    /// # Errors
+    /// The storage's.
+    pub(super) async fn move_active_l1(&mut self, counts: &Counts) -> Result<bool> {
+        let at = self.header.l1_table_offset;
+        let len = u64::from(self.header.l1_size) * 8;
+        let mut clusters = self.clusters_of(at, len).map(HostCluster);
+        let is_shared = |cluster| counts.covers(cluster) && counts.get(cluster) > 1;
+        if !self.bounds.holds(at.0, len) || !clusters.any(is_shared) {
+            return Ok(false);
+        }
+        let bytes = self.read(at, len).await?;
+        let copy = self.append(&bytes).await?;
+        self.storage.flush().await?;
+        self.header.l1_table_offset = copy;
+        self.write_header().await?;
+        let text = format!("the L1 table at {at:#x} is something else, too: copied to {copy:#x}");
+        self.tell(Severity::Repair, text);
+        Ok(true)
+    }
+
+    /// Mends all entries that a window's counts tell enough about; the answer is whether anything has changed.
+    ///
+    /// # Errors
+    /// The storage's.
+    pub(super) async fn mend_tables(&mut self, counts: &Counts) -> Result<bool> {
+        let mut round = Round::default();
+        let active = self.active_l1();
+        self.mend_l1(counts, active, &mut round).await?;
+        let snapshots = self.read_snapshots().await?;
+        for table in snapshots.tables {
+            self.mend_l1(counts, table, &mut round).await?;
+        }
+        Ok(round.is_changed)
+    }
+
+    async fn mend_l1(&mut self, counts: &Counts, table: L1Place, round: &mut Round) -> Result<()> {
+        for piece in self.pieces(table.at, table.entries) {
+            let mut batch = Batch::default();
+            for (index, word) in self.words(&piece).await? {
+                let at = HostOffset(piece.at.0 + (index - piece.first) * 8);
+                let own = self.bounds.geometry.host_cluster(at);
+                // Invariant 1.
+                let is_own = counts.covers(own) && counts.get(own) == table.times;
+                if word == 0 || !is_own {
+                    continue;
+                }
+                let verdict = judge_l1(&self.bounds, word);
+                if verdict.mended != word {
+                    self.tell_l1(&table, index, verdict.mended);
+                    round.entries.push((at, verdict.mended));
+                }
+                if let Some(l2) = verdict.table {
+                    self.place_l2(counts, (at, verdict.mended), l2, round, &mut batch)
+                        .await?;
+                }
+            }
+            self.mend_l2_tables(&mut batch, round).await?;
+            self.write_l1_entries(round).await?;
+        }
+        Ok(())
+    }
+
+    fn tell_l1(&mut self, table: &L1Place, index: u64, mended: u64) {
+        let outcome = if mended == 0 {
+            "what it led to is given up"
+        } else {
+            "its reserved bits are cleared"
+        };
+        let at = table.at;
+        self.tell(
+            Severity::Repair,
+            format!("L1 entry {index} of the table at {at:#x}: {outcome}"),
+        );
+    }
+
+    /// Has an L2 table mended where it is, or copies it if it is something else, too.
+    async fn place_l2(
+        &mut self,
+        counts: &Counts,
+        (at, word): (HostOffset, u64),
+        l2: HostOffset,
+        round: &mut Round,
+        batch: &mut Batch,
+    ) -> Result<()> {
+        let cluster = self.bounds.geometry.host_cluster(l2);
+        if !counts.covers(cluster) {
+            return Ok(());
+        }
+        if !counts.has_other_use(cluster) {
+            batch.push(l2, Owner::Active, 1);
+            return Ok(());
+        }
+        let copy = match round.copies.get(&l2.0) {
+            Some(copy) => *copy,
+            None => {
+                let bytes = self.read(l2, self.header.cluster_size()).await?;
+                let (bytes, _) = self.mended_l2(l2, bytes);
+                let copy = self.append(&bytes).await?.0;
+                self.tell(
+                    Severity::Repair,
+                    format!("the L2 table at {l2:#x} is something else, too: copied to {copy:#x}"),
+                );
+                round.copies.insert(l2.0, copy);
+                copy
+            }
+        };
+        round.entries.retain(|(place, _)| *place != at);
+        round.entries.push((at, word & !OFFSET | copy));
+        Ok(())
+    }
+
+    async fn write_l1_entries(&mut self, round: &mut Round) -> Result<()> {
+        if round.entries.is_empty() {
+            return Ok(());
+        }
+        // Invariant 2.
+        self.storage.flush().await?;
+        for (at, word) in std::mem::take(&mut round.entries) {
+            self.write(at, &word.to_be_bytes()).await?;
+        }
+        round.is_changed = true;
+        Ok(())
+    }
+
+    async fn mend_l2_tables(&mut self, batch: &mut Batch, round: &mut Round) -> Result<()> {
+        let tables = batch.take();
+        for group in tables.chunks(self.tables_in_flight()) {
+            let contents = self.read_l2_tables(group).await?;
+            for (table, bytes) in group.iter().zip(contents) {
+                let (bytes, is_changed) = self.mended_l2(table.at, bytes);
+                if is_changed {
+                    self.write(table.at, &bytes).await?;
+                    round.is_changed = true;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// An L2 table with all its entries mended, and whether that changes it.
+    fn mended_l2(&mut self, at: HostOffset, mut bytes: Vec<u8>) -> (Vec<u8>, bool) {
+        let mut changed = Vec::new();
+        for (index, descriptor, bitmap) in self.l2_entries(&bytes) {
+            let verdict = judge_l2(&self.bounds, descriptor, bitmap);
+            if verdict.mended != (descriptor, bitmap) {
+                changed.push((index, verdict));
+            }
+        }
+        let size = to_usize(self.header.l2_entry_size());
+        for (index, verdict) in &changed {
+            let faults: Vec<&str> = verdict.faults.iter().map(|f| f.describe()).collect();
+            let text = format!(
+                "L2 entry {index} of the table at {at:#x} {}",
+                faults.join(", ")
+            );
+            self.tell(Severity::Repair, text);
+            let (descriptor, bitmap) = verdict.mended;
+            let words = [descriptor.to_be_bytes(), bitmap.to_be_bytes()].concat();
+            let start = to_usize(*index) * size;
+            if let Some(entry) = bytes.get_mut(start..start + size) {
+                entry.copy_from_slice(words.get(..size).unwrap_or_default());
+            }
+        }
+        (bytes, !changed.is_empty())
+    }
+
+    /// Writes bytes into new clusters behind the end of the file. Nothing refers to them yet.
+    ///
+    /// # Errors
+    /// The storage's.
+    pub(super) async fn append(&mut self, bytes: &[u8]) -> Result<HostOffset> {
+        let size = self.header.cluster_size();
+        let end = self.storage.len().div_ceil(size);
+        let at = self.bounds.geometry.host_start(HostCluster(end));
+        let mut whole = bytes.to_vec();
+        whole.resize(to_usize((bytes.len() as u64).next_multiple_of(size)), 0);
+        self.write(at, &whole).await?;
+        Ok(at)
+    }
+}
