@@ -13,5 +13,6 @@ mod engine;
 mod full_disk;
 mod guests;
 mod history;
+mod stale;
 mod storage;
 mod threads;
