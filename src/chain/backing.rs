@@ -75,7 +75,7 @@ pub fn resolve(overlay: &Path, name: &OsStr) -> Result<PathBuf> {
 }
 
 /// What stands in front of the first colon, unless a slash comes earlier.
-fn protocol(name: &OsStr) -> Option<&[u8]> {
+pub(super) fn protocol(name: &OsStr) -> Option<&[u8]> {
     let name = name.as_bytes();
     let end = name.iter().position(|byte| matches!(byte, b':' | b'/'))?;
     let (protocol, rest) = name.split_at(end);

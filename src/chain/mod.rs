@@ -2,6 +2,7 @@
 
 pub mod backing;
 pub mod create;
+pub mod data_file;
 pub mod format;
 pub mod host;
 pub mod inspect;

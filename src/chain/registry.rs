@@ -17,6 +17,7 @@ use std::sync::{Arc, Weak};
 use async_lock::Mutex;
 
 use super::backing::Backing;
+use super::data_file::open_data_file;
 use super::format::Format;
 use super::host::{HostOptions, open_file};
 use super::inspect::{Unnamed, check_depth, detect, read_header};
@@ -24,7 +25,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::{Access, Image, RawImage, ReadOnlyImage};
 use crate::qcow2::Qcow2;
 use crate::qcow2::header::Header;
-use crate::storage::FileStorage;
+use crate::storage::{FileStorage, Storage};
 use crate::sys::FileId;
 
 /// A disk that someone wants.
@@ -77,6 +78,7 @@ pub struct Registry {
 struct Layer {
     path: PathBuf,
     storage: FileStorage,
+    data: Option<Arc<dyn Storage>>,
     format: Format,
     access: Access,
     header: Option<Header>,
@@ -194,9 +196,14 @@ impl Registry {
             None => detect(&storage, Unnamed::Refuse).await?,
         };
         let header = read_header(&storage, format).await?;
+        let data = match &header {
+            Some(header) => open_data_file(&path, header, access, self.options).await?,
+            None => None,
+        };
         Ok(Layer {
             path,
             storage,
+            data,
             format,
             access,
             header,
@@ -291,7 +298,9 @@ async fn build(open: &mut Open, layer: Layer, below: Option<OpenImage>) -> Resul
     let storage = Arc::new(layer.storage);
     let image: Arc<dyn Image> = match layer.format {
         Format::Raw => Arc::new(RawImage::new(storage, layer.access)),
-        Format::Qcow2 => Arc::new(Qcow2::open(storage, backing_image, layer.access).await?),
+        Format::Qcow2 => {
+            Arc::new(Qcow2::open_with_data(storage, layer.data, backing_image, layer.access).await?)
+        }
     };
     let source = Arc::new(Source {
         path: layer.path,

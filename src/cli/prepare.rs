@@ -9,6 +9,7 @@ use super::options::{parse_format, parse_size};
 use super::output;
 use super::prepare_plan::Plan;
 use crate::chain::backing::Backing;
+use crate::chain::data_file::open_data_file;
 use crate::chain::format::Format;
 use crate::chain::host::{HostOptions, open_file};
 use crate::chain::inspect::{Unnamed, detect, read_header};
@@ -193,7 +194,9 @@ async fn open_image(
         }
         None => None,
     };
-    let image = Qcow2::open(storage, backing, Access::ReadWrite).await?;
+    let access = Access::ReadWrite;
+    let data = open_data_file(path, header, access, HostOptions::default()).await?;
+    let image = Qcow2::open_with_data(storage, data, backing, access).await?;
     Ok(Arc::new(image))
 }
 

@@ -42,7 +42,7 @@ impl Qcow2 {
         }
         match allocation {
             Allocation::Data(Some(host)) if self.is_sparse_on_host().await? => {
-                Ok(match self.storage.held(host, run) {
+                Ok(match self.data().held(host, run) {
                     (Held::Data, same) => (allocation, same),
                     (Held::Hole, same) => (Allocation::Sparse(host), same),
                 })

@@ -179,6 +179,8 @@ pub(super) fn references(
     entry: &L2Entry,
 ) -> impl Iterator<Item = HostCluster> + use<> {
     let clusters = match entry {
+        // What lies in an external data file has no refcount.
+        _ if geometry.has_data_file() => 0..0,
         L2Entry::Plain(Cluster {
             host: Some(host), ..
         }) => {

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use super::allocator::{Allocator, Layout};
 use super::bitmap::BitmapDirectory;
+use super::data_file::DataFile;
 use super::geometry::{Geometry, to_usize};
 use super::grace::Grace;
 use super::header::{CompressionType, Header};
@@ -36,6 +37,7 @@ const MAX_REFCOUNT_CACHE: u64 = 8 << 20;
 /// An open image. All its users in this process share it.
 pub struct Qcow2 {
     pub(super) storage: Arc<dyn Storage>,
+    pub(super) data_file: Option<DataFile>,
     pub(super) backing: Option<Arc<dyn Image>>,
     pub(super) access: Access,
     pub(super) geometry: Geometry,
@@ -82,14 +84,29 @@ impl Qcow2 {
         backing: Option<Arc<dyn Image>>,
         access: Access,
     ) -> Result<Self> {
+        Self::open_with_data(storage, None, backing, access).await
+    }
+
+    /// As [`Qcow2::open`], with the external data file that the image names in `data`, open for the same access.
+    ///
+    /// # Errors
+    /// As [`Qcow2::open`]; and [`ErrorKind::InvalidConfig`](crate::error::ErrorKind::InvalidConfig) if the image has
+    /// none, or has one that is not given.
+    pub async fn open_with_data(
+        storage: Arc<dyn Storage>,
+        data: Option<Arc<dyn Storage>>,
+        backing: Option<Arc<dyn Image>>,
+        access: Access,
+    ) -> Result<Self> {
         let name = storage.name().to_owned();
-        Self::open_unnamed(storage, backing, access)
+        Self::open_unnamed(storage, data, backing, access)
             .await
             .context(|| format!("opening {name}"))
     }
 
     async fn open_unnamed(
         storage: Arc<dyn Storage>,
+        data: Option<Arc<dyn Storage>>,
         backing: Option<Arc<dyn Image>>,
         access: Access,
     ) -> Result<Self> {
@@ -101,6 +118,7 @@ impl Qcow2 {
                 require_refcounts(&header)?;
             }
         }
+        let data_file = DataFile::new(&header, data)?;
         let geometry = Geometry::new(&header);
         let l1_bytes = u64::from(header.l1_size) * 8;
         let l1 = read_table(storage.as_ref(), header.l1_table_offset, l1_bytes).await?;
@@ -115,6 +133,7 @@ impl Qcow2 {
             health: Health::new(&header, access),
             header: async_lock::Mutex::new(header),
             storage,
+            data_file,
             backing,
             access,
             geometry,

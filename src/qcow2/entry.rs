@@ -11,11 +11,13 @@
 //!
 //! 1. What decodes breaks no rule of the format: offsets are aligned to clusters, not in cluster 0, no reserved
 //!    bit is set, no subcluster is both allocated and zero, and none is allocated without a host cluster.
-//! 2. Encoding a decoded entry gives entries that stock QEMU reads in the same way.
+//! 2. With an external data file every cluster is in place: at its guest offset ([`L2Entry::check_place`]), owned by
+//!    its entry alone, and not compressed.
+//! 3. Encoding a decoded entry gives entries that stock QEMU reads in the same way.
 
 use super::compressed::CompressedExtent;
 use super::geometry::Geometry;
-use crate::units::HostOffset;
+use crate::units::{GuestOffset, HostOffset};
 
 pub(super) const COPIED: u64 = 1 << 63;
 pub(super) const COMPRESSED: u64 = 1 << 62;
@@ -36,6 +38,10 @@ pub(super) enum Defect {
     AllocatedNowhere,
     /// A compressed cluster lies in the header, or beyond 56 bits.
     BadCompressedOffset,
+    /// A compressed cluster would lie in the external data file.
+    CompressedInDataFile,
+    /// A cluster in the external data file is not at its guest offset.
+    OutOfPlace,
 }
 
 impl Defect {
@@ -49,6 +55,10 @@ impl Defect {
             Self::BadCompressedOffset => {
                 "points to compressed data in the header or beyond 56 bits"
             }
+            Self::CompressedInDataFile => {
+                "points to compressed data, and an image with a data file has none"
+            }
+            Self::OutOfPlace => "does not point to its own place in the data file",
         }
     }
 }
@@ -141,6 +151,9 @@ impl L2Entry {
             if bitmap != 0 {
                 return Err(Defect::ReservedBits);
             }
+            if geometry.has_data_file() {
+                return Err(Defect::CompressedInDataFile);
+            }
             return decode_compressed(geometry, descriptor).map(Self::Compressed);
         }
         let flags = if geometry.has_zero_flag() && !geometry.has_extended_l2() {
@@ -151,7 +164,11 @@ impl L2Entry {
         if descriptor & !(OFFSET | flags) != 0 {
             return Err(Defect::ReservedBits);
         }
-        let host = aligned_offset(geometry, descriptor)?;
+        let mut host = aligned_offset(geometry, descriptor)?;
+        if geometry.has_data_file() && descriptor & (COPIED | READS_ZERO) == COPIED {
+            // Offset 0 is a place like any other there.
+            host = Some(host.unwrap_or(HostOffset(0)));
+        }
         let (allocated, zero) = if geometry.has_extended_l2() {
             split_bitmap(bitmap)
         } else {
@@ -166,10 +183,24 @@ impl L2Entry {
         }
         Ok(Self::Plain(Cluster {
             host,
-            copied: host.is_some() && descriptor & COPIED != 0,
+            copied: host.is_some() && (geometry.has_data_file() || descriptor & COPIED != 0),
             allocated,
             zero,
         }))
+    }
+
+    /// Checks that a cluster whose first guest byte is `start` is where an external data file has it.
+    pub(super) fn check_place(
+        self,
+        geometry: &Geometry,
+        start: GuestOffset,
+    ) -> Result<Self, Defect> {
+        match self {
+            Self::Plain(Cluster {
+                host: Some(host), ..
+            }) if geometry.has_data_file() && host.0 != start.0 => Err(Defect::OutOfPlace),
+            _ => Ok(self),
+        }
     }
 }
 
@@ -201,6 +232,8 @@ impl Cluster {
     /// The entry as stored: its descriptor, and the bitmap word where L2 entries are extended.
     pub(super) fn encode(&self, geometry: &Geometry) -> (u64, u64) {
         let mut descriptor = match self.host {
+            // Stock QEMU knows no preallocated zeros at offset 0.
+            Some(HostOffset(0)) if self.zero != 0 && !geometry.has_extended_l2() => 0,
             Some(host) => host.0 | if self.copied { COPIED } else { 0 },
             None => 0,
         };
@@ -224,7 +257,7 @@ impl Cluster {
 
 #[cfg(test)]
 mod tests {
-    use super::super::geometry::tests::geometry;
+    use super::super::geometry::tests::{geometry, with_data_file};
     use super::*;
 
     fn plain(host: u64, copied: bool, allocated: u32, zero: u32) -> Result<L2Entry, Defect> {
@@ -259,6 +292,42 @@ mod tests {
     fn the_zero_flag_is_reserved_with_extended_entries() {
         let g = geometry(16, 4, true);
         assert_eq!(L2Entry::decode(&g, 1, 0), Err(Defect::ReservedBits));
+    }
+
+    #[test]
+    fn a_data_file_has_every_cluster_at_its_guest_offset_and_none_compressed() {
+        let g = with_data_file(false);
+        for (word, expected) in [
+            (0, plain(0, false, 0, 0)),
+            (1, plain(0, false, 0, 1)),
+            (COPIED | 1, plain(0, false, 0, 1)),
+            (COPIED | 0x5_0000, plain(0x5_0000, true, 1, 0)),
+            (0x5_0000, plain(0x5_0000, true, 1, 0)),
+            (COMPRESSED | 0x5_0000, Err(Defect::CompressedInDataFile)),
+        ] {
+            assert_eq!(L2Entry::decode(&g, word, 0), expected, "{word:#x}");
+        }
+        let first = Cluster {
+            host: Some(HostOffset(0)),
+            copied: true,
+            allocated: 1,
+            zero: 0,
+        };
+        let decoded = L2Entry::decode(&g, COPIED, 0);
+        assert_eq!(decoded, Ok(L2Entry::Plain(first)));
+        assert_eq!(first.encode(&g), (COPIED, 0));
+        let extended = with_data_file(true);
+        let prepared = Cluster {
+            allocated: 0,
+            ..first
+        };
+        let decoded = L2Entry::decode(&extended, COPIED, 0);
+        assert_eq!(decoded, Ok(L2Entry::Plain(prepared)));
+
+        let entry = L2Entry::Plain(first);
+        assert_eq!(entry.check_place(&g, GuestOffset(0)), Ok(entry));
+        let elsewhere = entry.check_place(&g, GuestOffset(0x1_0000));
+        assert_eq!(elsewhere, Err(Defect::OutOfPlace));
     }
 
     #[test]

@@ -164,8 +164,11 @@ impl Qcow2 {
             !(capture.blocks.is_empty() && fresh.is_empty() && capture.table.is_empty());
         let links = !capture.l1.is_empty() || linked.iter().any(|table| table.links_data);
         let writes_second = !(linked.is_empty() && capture.l1.is_empty());
-        if writes_second && (wrote_first || links) {
-            // Rules 1, 2, 3 and 5.
+        // Rules 1, 2, 3 and 5.
+        if writes_second && links {
+            self.flush_data_file().await?;
+        }
+        if writes_second && (wrote_first || links && self.data_layout().is_none()) {
             storage.flush().await?;
         }
         let l1 = capture.l1.iter().map(|sector| (sector.at, &sector.buf));
@@ -175,7 +178,7 @@ impl Qcow2 {
         )
         .await?;
         // Rule 9.
-        storage.flush().await
+        self.flush_files().await
     }
 
     /// Writes decremented refcounts out, so that an image that is closed after a flush has no leaks.

@@ -23,6 +23,7 @@ pub(super) struct Geometry {
     cluster_bits: u32,
     refcount_order: u32,
     extended_l2: bool,
+    data_file: bool,
     version: Version,
 }
 
@@ -33,6 +34,7 @@ impl Geometry {
             cluster_bits: header.cluster_bits,
             refcount_order: header.refcount_order,
             extended_l2: header.has_extended_l2(),
+            data_file: header.has_data_file(),
             version: header.version,
         }
     }
@@ -55,6 +57,11 @@ impl Geometry {
     /// Whether L2 entries are 128 bits wide and describe subclusters.
     pub(super) fn has_extended_l2(&self) -> bool {
         self.extended_l2
+    }
+
+    /// Whether guest clusters lie in another file, each at its guest offset.
+    pub(super) fn has_data_file(&self) -> bool {
+        self.data_file
     }
 
     /// Whether an entry can say that its cluster reads as zeros.
@@ -191,7 +198,16 @@ pub(super) mod tests {
             cluster_bits,
             refcount_order,
             extended_l2,
+            data_file: false,
             version: Version::V3,
+        }
+    }
+
+    /// The shape of an image with an external data file and 64 KiB clusters.
+    pub(in crate::qcow2) fn with_data_file(extended_l2: bool) -> Geometry {
+        Geometry {
+            data_file: true,
+            ..geometry(16, 4, extended_l2)
         }
     }
 

@@ -32,7 +32,11 @@ pub(super) struct Health {
 impl Health {
     /// The state of an image with this header.
     pub(super) fn new(header: &Header, access: Access) -> Self {
-        let clean = header.autoclear_features == AutoclearFeatures::default();
+        let mut promises = header.autoclear_features;
+        if header.has_raw_data_file() {
+            promises = promises.without(AutoclearFeatures::RAW_EXTERNAL_DATA);
+        }
+        let clean = promises == AutoclearFeatures::default();
         Self {
             broken: AtomicBool::new(false),
             reason: OnceLock::new(),
@@ -146,6 +150,7 @@ impl Qcow2 {
         }
         // Invariant 2. Two that get here at once do it twice, which does no harm.
         let kept = self.disown_bitmaps(Change::Contents).await?;
+        let kept = kept.with(self.kept_by_data_file());
         self.update_header(|header| {
             header.autoclear_features = AutoclearFeatures(header.autoclear_features.0 & kept.0);
         })

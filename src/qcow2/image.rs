@@ -65,9 +65,9 @@ impl Image for Qcow2 {
         let small = |size: u64| u32::try_from(size).unwrap_or(u32::MAX);
         let subcluster = self.geometry.subcluster_size();
         Limits {
-            logical_block_size: self.storage.alignment().max(512),
+            logical_block_size: self.data().alignment().max(512),
             physical_block_size: small(subcluster.min(MAX_PHYSICAL_BLOCK))
-                .max(self.storage.alignment()),
+                .max(self.data().alignment()),
             optimal_io_size: small(subcluster.max(MAX_PHYSICAL_BLOCK)),
             discard_granularity: small(subcluster),
         }
@@ -81,7 +81,7 @@ impl Image for Qcow2 {
         let guard = self.grace.enter();
         match self.map_read_run(at, len) {
             Some(ReadMapping::Data(host)) => Mapped::Extent {
-                storage: Arc::clone(&self.storage),
+                storage: Arc::clone(self.data()),
                 at: host,
                 guard,
             },
@@ -111,7 +111,7 @@ impl Image for Qcow2 {
             }
         }
         Mapped::Extent {
-            storage: Arc::clone(&self.storage),
+            storage: Arc::clone(self.data()),
             at: first,
             guard,
         }

@@ -166,7 +166,9 @@ pub(super) fn walk<M: Run>(
     while done < len {
         let within = geometry.within_cluster(at.0 + done);
         let left = (geometry.cluster_size() - within).min(len - done);
-        let entry = match entry_at(geometry, slice, entry_offset) {
+        let start = GuestOffset(at.0 + done - within);
+        let entry = entry_at(geometry, slice, entry_offset);
+        let entry = match entry.map(|entry| entry?.check_place(geometry, start)) {
             Some(Ok(entry)) => entry,
             // A broken entry is reported by the lookup that begins with it.
             Some(Err(defect)) if done == 0 => return Err(defect),
@@ -363,6 +365,9 @@ impl Qcow2 {
     }
 
     fn vet(&self, at: HostOffset, slice: &[u8]) {
+        if self.geometry.has_data_file() {
+            return;
+        }
         let entries = (0..slice.len()).step_by(to_usize(self.geometry.l2_entry_size()));
         let own_hosts = entries.filter_map(|entry| match entry_at(&self.geometry, slice, entry)? {
             Ok(L2Entry::Plain(cluster)) => Some(self.geometry.host_cluster(cluster.own_host()?)),

@@ -4,6 +4,7 @@
 //! Image ─ image ─┬─ read ─┬─ mapping ── l1, table_cache (L2)     what is where
 //!                ├─ write ┼─ cow                                 what a write needs
 //!                ├─ packing ───── compressed                     compressed clusters, and where they go
+//!                ├─ data_file                                   where data lies that is not in the image itself
 //!                ├─ zero ─┴─ room ───── allocator, table_cache (refcount blocks)
 //!                └─ flush ── quarantine ─ grace                  what is durable when, what is free when
 //! ```
@@ -23,6 +24,7 @@ pub mod commitment;
 pub mod compressed;
 mod cow;
 pub mod create;
+mod data_file;
 pub mod dump;
 mod engine;
 mod entry;

@@ -122,9 +122,18 @@ impl Qcow2 {
     /// end. Whatever the cluster held is given back. Other writes to it must not be under way.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfBounds`] if that is not a cluster of the disk, or the data is not smaller than it; those of
+    /// [`ErrorKind::Unsupported`] for an image with a data file, [`ErrorKind::OutOfBounds`] if that is not a cluster of the disk, or the data is not smaller than it; those of
     /// [`Image::write`].
     pub async fn write_compressed(&self, at: GuestOffset, compressed: IoBuf) -> Result<()> {
+        if self.geometry.has_data_file() {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "{}: an image with a data file has no compressed clusters: leave -c out",
+                    self.name()
+                ),
+            ));
+        }
         let len = compressed.len() as u64;
         if self.geometry.within_cluster(at.0) != 0 || !(1..self.cluster_size()).contains(&len) {
             return Err(Error::new(

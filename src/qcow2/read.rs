@@ -58,7 +58,7 @@ impl Qcow2 {
 
     fn read_run(&self, at: GuestOffset, mapping: ReadMapping, buf: IoBuf) -> Piece<'_> {
         match mapping {
-            ReadMapping::Data(host) => self.storage.readv(host, buf),
+            ReadMapping::Data(host) => self.data().readv(host, buf),
             ReadMapping::Unallocated => Piece::boxed(self.read_backing(at, buf)),
             ReadMapping::Zero => {
                 buf.zero(0..buf.len());

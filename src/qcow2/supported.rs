@@ -22,12 +22,6 @@ impl Header {
             }
         }
         let features = self.incompatible_features;
-        if features.contains(IncompatibleFeatures::EXTERNAL_DATA_FILE) {
-            return unsupported(
-                "the image uses the incompatible feature 'external data file', which keeps its data in a second file",
-                "make a copy without it: `qemu-img convert -O qcow2 IMAGE COPY`",
-            );
-        }
         self.require_checkable()
     }
 
@@ -117,10 +111,6 @@ mod tests {
 
     #[test]
     fn unsupported_features_are_refused_by_name() {
-        let mut external = header();
-        external.incompatible_features = IncompatibleFeatures::EXTERNAL_DATA_FILE;
-        assert!(refusal(&external).contains("'external data file'"));
-
         let mut unknown = header();
         unknown.incompatible_features = IncompatibleFeatures(1 << 9 | 1 << 10 | 1);
         let table = feature_name_table([(FeatureType::Incompatible, 9, "time travel")]);

@@ -71,7 +71,7 @@ impl Qcow2 {
         self.check_not_poisoned()?;
         let pieces = runs.into_iter().map(|(start, mapping, part)| -> Piece<'_> {
             match mapping {
-                WriteMapping::InPlace(host) => self.storage.writev(host, part),
+                WriteMapping::InPlace(host) => self.data().writev(host, part),
                 WriteMapping::Allocate => Piece::boxed(self.write_allocating(start, part)),
             }
         });
@@ -88,6 +88,7 @@ impl Qcow2 {
         let (slice, first_entry) = self.own_slice(first_cluster).await?;
         let planned = slice.read(|bytes| self.plan_write(bytes, first_entry, at, buf.len()));
         let mut writes = self.judge(planned).await?;
+        self.place_in_data_file(&mut writes);
         let missing = writes
             .iter()
             .filter(|write| write.plan.entry.host.is_none())
@@ -158,13 +159,25 @@ impl Qcow2 {
     /// # Errors
     /// [`crate::error::ErrorKind::Corrupt`] if it breaks a rule.
     pub(super) fn entry_in(&self, slice: &[u8], entry: usize, at: GuestOffset) -> Result<L2Entry> {
-        match entry_at(&self.geometry, slice, entry) {
+        let entry = entry_at(&self.geometry, slice, entry);
+        match entry.map(|entry| entry?.check_place(&self.geometry, at)) {
             Some(Ok(entry)) => Ok(entry),
             Some(Err(defect)) => Err(self.broken_entry("L2", at, defect)),
             None => Err(Error::new(
                 crate::error::ErrorKind::OutOfBounds,
                 format!("guest offset {at} is not in the slice of its L2 table"),
             )),
+        }
+    }
+
+    /// With an external data file every cluster has its place.
+    fn place_in_data_file(&self, writes: &mut [ClusterWrite]) {
+        if !self.geometry.has_data_file() {
+            return;
+        }
+        for write in writes {
+            let start = self.geometry.guest_start(write.cluster);
+            write.plan.entry.host = Some(HostOffset(start.0));
         }
     }
 
@@ -194,7 +207,12 @@ impl Qcow2 {
                 {
                     continue;
                 }
-                let len = to_usize(part.within.end - part.within.start);
+                let at = host.0 + part.within.start;
+                let part_of_file = self.writable_part(at..host.0 + part.within.end);
+                let len = to_usize(part_of_file.end - part_of_file.start);
+                if len == 0 {
+                    continue;
+                }
                 let bytes = match part.source {
                     Source::Request => buf.slice(write.request_at..write.request_at + len),
                     Source::Zero => zeros(len),
@@ -213,7 +231,7 @@ impl Qcow2 {
                     Source::Old(old) => {
                         let copy = IoBuf::zeroed(len);
                         let at = HostOffset(old.0 + part.within.start);
-                        reads.push(self.storage.readv(at, copy.clone()));
+                        reads.push(self.data().readv(at, copy.clone()));
                         copy
                     }
                     Source::Compressed(extent) => {
@@ -222,21 +240,18 @@ impl Qcow2 {
                             None => self.read_compressed(extent).await?,
                         };
                         decompressed = Some(cluster.clone());
-                        cluster.slice(to_usize(part.within.start)..to_usize(part.within.end))
+                        let start = to_usize(part.within.start);
+                        cluster.slice(start..start + len)
                     }
                 };
-                push_write(
-                    &mut host_writes,
-                    HostOffset(host.0 + part.within.start),
-                    bytes,
-                );
+                push_write(&mut host_writes, HostOffset(at), bytes);
             }
         }
         join_all(reads).await?;
         let in_flight = self.grace.enter();
         let writes = host_writes.into_iter().map(|write| -> Piece<'_> {
             let buf = in_flight.held_by(IoBuf::concat(write.bufs));
-            self.storage.writev(write.at, buf)
+            self.data().writev(write.at, buf)
         });
         join_all(writes).await
     }

@@ -6,11 +6,13 @@
 //! 2. A discarded or zeroed range never shows the backing image again: where the format has no zero flag (version
 //!    2), zeros are written instead, and a discard is ignored.
 //! 3. A host cluster without allocated subclusters is freed, unless its room was asked to stay.
-//! 4. What `qcow2::write` says of holding clusters and of shared L2 tables holds here too.
+//! 4. A raw external data file is zeroed itself, and no entry changes (`qcow2::data_file`).
+//! 5. What `qcow2::write` says of holding clusters and of shared L2 tables holds here too.
 
 use std::ops::Range;
 
 use super::cow::references;
+use super::data_file::Layout;
 use super::engine::Qcow2;
 use super::entry::{Cluster, L2Entry};
 use super::geometry::to_usize;
@@ -49,6 +51,9 @@ impl Qcow2 {
     /// # Errors
     /// As [`Qcow2::write_range`].
     pub(super) async fn zero_range(&self, at: GuestOffset, len: u64, mode: ZeroMode) -> Result<()> {
+        if self.data_layout() == Some(Layout::Raw) {
+            return self.zero_raw(at, len, mode).await;
+        }
         let range = at.0..at.0 + len;
         let whole = self.whole_subclusters(&range);
         if whole.is_empty() || !(self.geometry.has_zero_flag() || self.can_unallocate(mode)) {
@@ -66,6 +71,9 @@ impl Qcow2 {
     /// # Errors
     /// As [`Qcow2::write_range`].
     pub(super) async fn discard_range(&self, at: GuestOffset, len: u64) -> Result<()> {
+        if self.data_layout() == Some(Layout::Raw) {
+            return self.zero_raw(at, len, ZeroMode::MayUnmap).await;
+        }
         // Invariant 2.
         if !self.geometry.has_zero_flag() && self.has_backing {
             return Ok(());
@@ -163,6 +171,13 @@ impl Qcow2 {
                 Ok(changes)
             });
             let changes = self.judge(planned).await?;
+            let freed = changes.iter().filter_map(|(_, old, new)| match old {
+                L2Entry::Plain(Cluster {
+                    host: Some(host), ..
+                }) if new.host.is_none() => Some(host.0..host.0 + size),
+                _ => None,
+            });
+            self.free_in_data_file(freed).await;
             if let (Some(first), Some(last)) = (changes.first(), changes.last()) {
                 let end = last.0 + to_usize(self.geometry.l2_entry_size());
                 let mut dropped = Vec::new();
