@@ -221,17 +221,6 @@ fn creations_that_make_no_sense_are_usage_errors_and_leave_nothing() {
     }
     let error = directory.fails(&["create", "-b", "missing.qcow2", "new"], 1);
     assert!(error.contains("missing.qcow2"), "{error}");
-    let full = [
-        "create",
-        "-f",
-        "qcow2",
-        "-o",
-        "preallocation=full",
-        "new",
-        "1M",
-    ];
-    let error = directory.fails(&full, 1);
-    assert!(error.contains("preallocation=full"), "{error}");
 }
 
 #[test]

@@ -1,21 +1,26 @@
 //! Making new image files.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::backing::resolve;
+use super::data_file::{plain_path, resolve_data_file};
 use super::host::{HostOptions, open_file};
 use super::registry::file_id;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::{Access, Image};
 use crate::qcow2::create::{CreateOptions, L2Entries, RefcountUpdates};
+use crate::qcow2::data_file::Layout;
 use crate::qcow2::header::Version;
 use crate::qcow2::header_extension::ExtensionType;
 use crate::qcow2::header_update::set_extension;
+use crate::qcow2::preallocate::Preallocation;
 use crate::qcow2::{self, Qcow2};
-use crate::storage::{CacheMode, FileStorage, Storage};
-use crate::units::SECTOR_SIZE;
+use crate::storage::{CacheMode, FileStorage, Storage, ZeroMode};
+use crate::sys::IoBuf;
+use crate::units::{GuestOffset, HostOffset, SECTOR_SIZE};
 
 /// What a new image shall be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +29,8 @@ pub enum NewImage {
     Raw {
         /// The virtual size in bytes.
         size: u64,
+        /// `preallocation`.
+        preallocation: Preallocation,
     },
     /// A qcow2 image.
     Qcow2(CreateOptions),
@@ -35,14 +42,25 @@ pub enum NewImage {
 /// Those of the host, of [`open_file`] and of [`qcow2::create::create`]. A file that was not there before is gone
 /// again.
 pub async fn create(path: &Path, image: &NewImage) -> Result<()> {
-    if let NewImage::Qcow2(options) = image {
-        refuse_own_backing(path, options)?;
+    match image {
+        NewImage::Raw {
+            size,
+            preallocation,
+        } => {
+            let file = NewFile::at(path)?;
+            write_raw(&file.open()?, *size, *preallocation)
+                .await
+                .context(|| path.display().to_string())?;
+            file.keep();
+        }
+        NewImage::Qcow2(options) => {
+            let new = NewQcow2::at(path, options)?;
+            new.write(options)
+                .await
+                .context(|| path.display().to_string())?;
+            new.keep();
+        }
     }
-    let file = NewFile::at(path)?;
-    write(&file.open()?, image)
-        .await
-        .context(|| path.display().to_string())?;
-    file.keep();
     Ok(())
 }
 
@@ -58,22 +76,95 @@ pub async fn create_filled(
     extension: (ExtensionType, &[u8]),
     fill: impl AsyncFnOnce(&dyn Image) -> Result<()>,
 ) -> Result<()> {
-    refuse_own_backing(path, options)?;
-    let file = NewFile::at(path)?;
-    let storage = Arc::new(file.open()?);
+    let new = NewQcow2::at(path, options)?;
     let filled = async {
-        qcow2::create::create(storage.as_ref(), options).await?;
-        let shared = Arc::clone(&storage) as Arc<dyn Storage>;
-        let disk = Qcow2::open(shared, backing, Access::ReadWrite).await?;
+        new.write(options).await?;
+        let disk = new.open(backing).await?;
         fill(&disk).await?;
         disk.flush().await?;
         drop(disk);
         let (extension_type, data) = extension;
-        set_extension(storage.as_ref(), extension_type, data).await
+        set_extension(new.storage.as_ref(), extension_type, data).await
     };
     filled.await.context(|| path.display().to_string())?;
-    file.keep();
+    new.keep();
     Ok(())
+}
+
+/// A qcow2 image in the making, with its data file if it is to have one.
+struct NewQcow2<'a> {
+    file: NewFile<'a>,
+    storage: Arc<FileStorage>,
+    data: Option<(NewFile<'a>, Arc<FileStorage>)>,
+}
+
+impl<'a> NewQcow2<'a> {
+    /// Opens the files, and makes those that are not there yet.
+    fn at(path: &'a Path, options: &'a CreateOptions) -> Result<Self> {
+        options.check().context(|| path.display().to_string())?;
+        refuse_own_backing(path, options)?;
+        let file = NewFile::at(path)?;
+        let storage = Arc::new(file.open()?);
+        let data = match &options.data_file {
+            Some(reference) => Some(new_data_file(path, &reference.file)?),
+            None => None,
+        };
+        Ok(Self {
+            file,
+            storage,
+            data,
+        })
+    }
+
+    /// Makes the image, empty, as `options` say.
+    async fn write(&self, options: &CreateOptions) -> Result<()> {
+        let size = options.virtual_size()?;
+        if let Some((_, data)) = &self.data {
+            // Nothing of what it held may show, so it is empty before there is an image that leads to it.
+            write_raw(data.as_ref(), size, Preallocation::Off).await?;
+        }
+        qcow2::create::create(self.storage.as_ref(), options).await?;
+        if options.preallocation() == Preallocation::Off {
+            return Ok(());
+        }
+        let image = self.open(None).await?;
+        image
+            .preallocate(GuestOffset(0), size, options.preallocation())
+            .await?;
+        image.flush().await
+    }
+
+    async fn open(&self, backing: Option<Arc<dyn Image>>) -> Result<Qcow2> {
+        let storage = Arc::clone(&self.storage) as Arc<dyn Storage>;
+        let data = self.data.as_ref();
+        let data = data.map(|(_, data)| Arc::clone(data) as Arc<dyn Storage>);
+        Qcow2::open_with_data(storage, data, backing, Access::ReadWrite).await
+    }
+
+    fn keep(self) {
+        self.file.keep();
+        if let Some((file, _)) = self.data {
+            file.keep();
+        }
+    }
+}
+
+/// The file of this name, made if need be, as the image at `path` will find it.
+fn new_data_file<'a>(path: &Path, name: &'a OsStr) -> Result<(NewFile<'a>, Arc<FileStorage>)> {
+    let of = || format!("the data file of {}", path.display());
+    let file = NewFile::at(plain_path(name)).context(of)?;
+    let found = resolve_data_file(path, name)?;
+    if file_id(&found)? != file_id(file.path)? || file_id(&found)? == file_id(path)? {
+        return Err(Error::new(
+            ErrorKind::InvalidConfig,
+            format!(
+                "{}: it is the image itself, or another of its name is beside it: name another",
+                of()
+            ),
+        ));
+    }
+    let storage = Arc::new(file.open().context(of)?);
+    Ok((file, storage))
 }
 
 /// Making an image in place of its own backing image would destroy that.
@@ -130,30 +221,62 @@ impl Drop for NewFile<'_> {
     }
 }
 
-async fn write(storage: &dyn Storage, image: &NewImage) -> Result<()> {
-    match image {
-        NewImage::Raw { size } => {
-            storage.set_len(0).await?;
-            storage.set_len(size.next_multiple_of(SECTOR_SIZE)).await?;
-            storage.flush().await
+/// Makes `storage` a disk of zeros.
+async fn write_raw(storage: &dyn Storage, size: u64, preallocation: Preallocation) -> Result<()> {
+    let size = size.next_multiple_of(SECTOR_SIZE);
+    storage.set_len(0).await?;
+    storage.set_len(size).await?;
+    match preallocation {
+        Preallocation::Off => {}
+        Preallocation::Metadata => {
+            return Err(Error::new(
+                ErrorKind::InvalidConfig,
+                "preallocation=metadata: a raw image has no metadata, use falloc or full",
+            ));
         }
-        NewImage::Qcow2(options) => qcow2::create::create(storage, options).await,
+        Preallocation::Falloc => {
+            let keep = ZeroMode::KeepAllocated;
+            storage.write_zeroes(HostOffset(0), size, keep).await?;
+        }
+        Preallocation::Full => write_zeros(storage, size).await?,
     }
+    storage.flush().await
+}
+
+async fn write_zeros(storage: &dyn Storage, size: u64) -> Result<()> {
+    const PIECE: usize = 1 << 20;
+    let zeros = IoBuf::zeroed(PIECE);
+    for at in (0..size).step_by(PIECE) {
+        let len = usize::try_from(size - at).map_or(PIECE, |left| left.min(PIECE));
+        storage.writev(HostOffset(at), zeros.slice(0..len)).await?;
+    }
+    Ok(())
 }
 
 /// The options as `qemu-img create` prints them.
 impl fmt::Display for NewImage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let options = match self {
-            Self::Raw { size } => return write!(f, "fmt=raw size={size}"),
+            Self::Raw {
+                size,
+                preallocation,
+            } => {
+                write!(f, "fmt=raw size={size}")?;
+                return write_preallocation(f, *preallocation);
+            }
             Self::Qcow2(options) => options,
         };
         let switch = |on: bool| if on { "on" } else { "off" };
         write!(
             f,
-            "fmt=qcow2 cluster_size={} extended_l2={} compression_type={} size={}",
+            "fmt=qcow2 cluster_size={} extended_l2={}",
             options.cluster_size,
             switch(options.l2_entries == L2Entries::Extended),
+        )?;
+        write_preallocation(f, options.preallocation)?;
+        write!(
+            f,
+            " compression_type={} size={}",
             options.compression_type.name(),
             options.size,
         )?;
@@ -164,6 +287,12 @@ impl fmt::Display for NewImage {
                 backing.file.display(),
                 backing.format
             )?;
+        }
+        if let Some(data) = &options.data_file {
+            write!(f, " data_file={}", data.file.display())?;
+            if data.layout == Layout::Raw {
+                f.write_str(" data_file_raw=on")?;
+            }
         }
         if options.version == Version::V2 {
             f.write_str(" compat=0.10")?;
@@ -177,6 +306,13 @@ impl fmt::Display for NewImage {
     }
 }
 
+fn write_preallocation(f: &mut fmt::Formatter<'_>, preallocation: Preallocation) -> fmt::Result {
+    match preallocation {
+        Preallocation::Off => Ok(()),
+        asked => write!(f, " preallocation={}", asked.name()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -185,8 +321,7 @@ mod tests {
     use crate::qcow2::header::Header;
     use crate::qcow2::header_extension::SEETHROUGH_EXTENSION;
     use crate::storage::MemoryStorage;
-    use crate::sys::{IoBuf, block_on};
-    use crate::units::GuestOffset;
+    use crate::sys::block_on;
 
     fn overlay() -> CreateOptions {
         CreateOptions {

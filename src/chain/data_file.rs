@@ -18,13 +18,32 @@ use crate::storage::Storage;
 /// same way.
 ///
 /// # Errors
-/// As [`resolve_data_file`] and [`open_file`]; [`ErrorKind::Corrupt`] if the image names no data file, or itself.
+/// As [`data_file_path`] and [`open_file`]; [`ErrorKind::Corrupt`] if the image names itself.
 pub async fn open_data_file(
     image: &Path,
     header: &Header,
     access: Access,
     options: HostOptions,
 ) -> Result<Option<Arc<dyn Storage>>> {
+    let Some(path) = data_file_path(image, header)? else {
+        return Ok(None);
+    };
+    if file_id(&path)? == file_id(image)? {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!("{}: it names itself as its data file", image.display()),
+        ));
+    }
+    let file = open_file(&path, access, options)
+        .context(|| format!("the data file of {}", image.display()))?;
+    Ok(Some(Arc::new(file)))
+}
+
+/// Where the image at `image` keeps its guest's data, if not in its own file.
+///
+/// # Errors
+/// As [`resolve_data_file`]; [`ErrorKind::Corrupt`] if the image names no data file.
+pub fn data_file_path(image: &Path, header: &Header) -> Result<Option<PathBuf>> {
     if !header.has_data_file() {
         return Ok(None);
     }
@@ -38,16 +57,7 @@ pub async fn open_data_file(
             ),
         ));
     };
-    let path = resolve_data_file(image, OsStr::from_bytes(name))?;
-    if file_id(&path)? == file_id(image)? {
-        return Err(Error::new(
-            ErrorKind::Corrupt,
-            format!("{}: it names itself as its data file", image.display()),
-        ));
-    }
-    let file = open_file(&path, access, options)
-        .context(|| format!("the data file of {}", image.display()))?;
-    Ok(Some(Arc::new(file)))
+    resolve_data_file(image, OsStr::from_bytes(name)).map(Some)
 }
 
 /// The existing file that the name of a data file means in the image at `image`.
@@ -69,14 +79,9 @@ pub fn resolve_data_file(image: &Path, name: &OsStr) -> Result<PathBuf> {
             ),
         ));
     }
-    let name = OsStr::from_bytes(
-        name.as_bytes()
-            .strip_prefix(b"file:")
-            .unwrap_or(name.as_bytes()),
-    );
-    let here = PathBuf::from(name);
-    let beside = image.parent().unwrap_or(Path::new("")).join(name);
-    match (file_id(&beside), file_id(&here)) {
+    let here = plain_path(name);
+    let beside = image.parent().unwrap_or(Path::new("")).join(here);
+    match (file_id(&beside), file_id(here)) {
         (Ok(one), Ok(other)) if one != other => Err(Error::new(
             ErrorKind::InvalidConfig,
             format!(
@@ -86,12 +91,20 @@ pub fn resolve_data_file(image: &Path, name: &OsStr) -> Result<PathBuf> {
             ),
         )),
         (Ok(_), _) => Ok(beside),
-        (Err(_), Ok(_)) => Ok(here),
+        (Err(_), Ok(_)) => Ok(here.to_owned()),
         (Err(error), Err(_)) => Err(error.context(format!(
             "{}: its data file is missing: put it back beside the image",
             image.display()
         ))),
     }
+}
+
+/// The name as stock QEMU takes it: a path, with or without a protocol in front.
+pub(super) fn plain_path(name: &OsStr) -> &Path {
+    let bytes = name.as_bytes();
+    Path::new(OsStr::from_bytes(
+        bytes.strip_prefix(b"file:").unwrap_or(bytes),
+    ))
 }
 
 #[cfg(test)]

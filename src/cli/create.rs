@@ -37,7 +37,7 @@ pub struct Create {
     backing_format: Option<Format>,
 
     /// Options of the format, as key=value,key=value: compat, cluster_size, extended_l2, refcount_bits,
-    /// lazy_refcounts, compression_type, preallocation, size
+    /// lazy_refcounts, compression_type, preallocation, data_file, data_file_raw, size
     #[arg(short = 'o', value_name = "OPTIONS")]
     options: Vec<String>,
 

@@ -4,25 +4,42 @@ use super::options::{parse_key_values, parse_size, parse_switch};
 use crate::chain::create::NewImage;
 use crate::chain::format::Format;
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::create::{BackingReference, CreateOptions, L2Entries, RefcountUpdates};
+use crate::qcow2::create::{
+    BackingReference, CreateOptions, DataFileReference, L2Entries, RefcountUpdates,
+};
+use crate::qcow2::data_file::Layout;
 use crate::qcow2::header::{CompressionType, Version};
+use crate::qcow2::preallocate::Preallocation;
+
+const PREALLOCATIONS: [Preallocation; 4] = [
+    Preallocation::Off,
+    Preallocation::Metadata,
+    Preallocation::Falloc,
+    Preallocation::Full,
+];
 
 /// What `-o` says.
 pub(super) struct CreationOptions {
     /// The virtual size, if it is given there.
     pub(super) size: Option<u64>,
+    /// What is ready before it is written to.
+    preallocation: Preallocation,
     /// What is only for qcow2.
     pub(super) qcow2: CreateOptions,
     /// An option that only qcow2 has.
     pub(super) qcow2_key: Option<String>,
+    /// `data_file_raw`.
+    raw_data_file: bool,
 }
 
 impl Default for CreationOptions {
     fn default() -> Self {
         Self {
             size: None,
+            preallocation: Preallocation::Off,
             qcow2: CreateOptions::new(0),
             qcow2_key: None,
+            raw_data_file: false,
         }
     }
 }
@@ -41,6 +58,7 @@ impl CreationOptions {
                 given.push(key);
             }
         }
+        options.finish()?;
         Ok((options, given))
     }
 
@@ -66,8 +84,22 @@ impl CreationOptions {
             (Format::Raw, None, Some(key)) => Err(invalid(format!(
                 "raw images have no option '{key}': make it qcow2"
             ))),
-            (Format::Raw, None, None) => Ok(NewImage::Raw { size }),
+            (Format::Raw, None, None) => Ok(NewImage::Raw {
+                size,
+                preallocation: self.preallocation,
+            }),
         }
+    }
+
+    /// Puts together what several keys say.
+    fn finish(&mut self) -> Result<()> {
+        self.qcow2.preallocation = self.preallocation;
+        match (&mut self.qcow2.data_file, self.raw_data_file) {
+            (Some(file), true) => file.layout = Layout::Raw,
+            (None, true) => return Err(invalid("data_file_raw=on needs a data_file")),
+            (_, false) => {}
+        }
+        Ok(())
     }
 
     /// Takes one option in.
@@ -82,7 +114,20 @@ impl CreationOptions {
                 self.size = Some(number()?);
                 return Ok(());
             }
-            "preallocation" => return refuse_preallocation(value),
+            "preallocation" => {
+                self.preallocation = PREALLOCATIONS
+                    .into_iter()
+                    .find(|known| known.name() == value)
+                    .ok_or_else(wrong)?;
+                return Ok(());
+            }
+            "data_file" => {
+                self.qcow2.data_file = Some(DataFileReference {
+                    file: value.into(),
+                    layout: Layout::Clusters,
+                });
+            }
+            "data_file_raw" => self.raw_data_file = parse_switch(key, value)?,
             "compat" => {
                 self.qcow2.version = match value {
                     "0.10" | "v2" => Version::V2,
@@ -120,26 +165,13 @@ impl CreationOptions {
     }
 }
 
-fn refuse_preallocation(value: &str) -> Result<()> {
-    match value {
-        "off" => Ok(()),
-        "metadata" | "falloc" | "full" => Err(Error::new(
-            ErrorKind::Unsupported,
-            format!(
-                "preallocation={value} is not supported: make the image with `qemu-img create`"
-            ),
-        )),
-        _ => Err(invalid(format!("'preallocation={value}': no such value"))),
-    }
-}
-
 fn unknown_option(key: &str) -> Error {
     match key {
         "backing_file" => invalid("name the backing image with -b, not with -o backing_file"),
         "backing_fmt" => {
             invalid("name the backing image's format with -F, not with -o backing_fmt")
         }
-        "encryption" | "data_file" | "data_file_raw" | "nocow" | "extent_size_hint" => Error::new(
+        "encryption" | "nocow" | "extent_size_hint" => Error::new(
             ErrorKind::Unsupported,
             format!("the option '{key}' is not supported"),
         ),

@@ -11,6 +11,7 @@ use crate::chain::registry::{DiskRequest, Registry};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::Access;
 use crate::qcow2::create::CreateOptions;
+use crate::qcow2::preallocate::Preallocation;
 use crate::sys::block_on;
 use crate::view::declared::merged_of;
 
@@ -61,7 +62,10 @@ impl Flatten {
         let size = merged.virtual_size();
         let format = self.output_format.unwrap_or(Format::Qcow2);
         let new = match format {
-            Format::Raw => NewImage::Raw { size },
+            Format::Raw => NewImage::Raw {
+                size,
+                preallocation: Preallocation::Off,
+            },
             Format::Qcow2 => NewImage::Qcow2(CreateOptions::new(size)),
         };
         create(&self.out, &new).await?;

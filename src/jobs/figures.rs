@@ -14,15 +14,13 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statvfs::statvfs;
 
-use crate::chain::backing::resolve;
+use crate::chain::data_file::data_file_path;
 use crate::chain::host::{HostOptions, Locking, open_file};
 use crate::chain::inspect::Inspected;
 use crate::error::{Context, Error, Result};
 use crate::image::Access;
 use crate::qcow2::commitment::committed_length;
-use crate::qcow2::features::IncompatibleFeatures;
 use crate::qcow2::header::Header;
-use crate::qcow2::header_extension::ExtensionType;
 use crate::storage::{FileStorage, Storage};
 use crate::sys::FileId;
 
@@ -122,19 +120,10 @@ async fn qcow2_commitment(file: &FileStorage, header: &Header) -> Commitment {
 
 /// Where the image keeps its guest's data, if not in its own file.
 fn data_file(image: &Inspected) -> Result<Option<PathBuf>> {
-    use std::os::unix::ffi::OsStrExt;
-    let Some(header) = &image.header else {
-        return Ok(None);
-    };
-    if !header
-        .incompatible_features
-        .contains(IncompatibleFeatures::EXTERNAL_DATA_FILE)
-    {
-        return Ok(None);
+    match &image.header {
+        Some(header) => data_file_path(&image.path, header),
+        None => Ok(None),
     }
-    let name = header.extension(ExtensionType::EXTERNAL_DATA_FILE_NAME);
-    name.map(|name| resolve(&image.path, std::ffi::OsStr::from_bytes(name)))
-        .transpose()
 }
 
 /// `committed` is the length that the file can come to.

@@ -39,7 +39,7 @@ pub enum Contents<'a> {
 /// the format.
 pub async fn measure(new: &NewImage, contents: Contents<'_>) -> Result<Measured> {
     match new {
-        NewImage::Raw { size } => {
+        NewImage::Raw { size, .. } => {
             let size = size
                 .checked_next_multiple_of(SECTOR_SIZE)
                 .ok_or_else(|| too_large(*size))?;

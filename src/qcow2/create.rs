@@ -9,9 +9,11 @@
 
 use std::ffi::OsString;
 
+use super::data_file;
 use super::features::{AutoclearFeatures, CompatibleFeatures, FeatureType, IncompatibleFeatures};
 use super::header::{CompressionType, Header, MAX_L1_TABLE_BYTES, Version};
 use super::header_extension::{ExtensionType, feature_name_table};
+use super::preallocate::Preallocation;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::storage::Storage;
 use crate::sys::IoBuf;
@@ -46,6 +48,15 @@ pub struct BackingReference {
     pub format: String,
 }
 
+/// The external data file that a new image names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataFileReference {
+    /// Its name.
+    pub file: OsString,
+    /// Whether it shall be a copy of the disk.
+    pub layout: data_file::Layout,
+}
+
 /// What a new image shall be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CreateOptions {
@@ -65,6 +76,10 @@ pub struct CreateOptions {
     pub compression_type: CompressionType,
     /// The backing file.
     pub backing: Option<BackingReference>,
+    /// `data_file` and `data_file_raw`.
+    pub data_file: Option<DataFileReference>,
+    /// `preallocation`: a new image has none of it yet, see [`CreateOptions::preallocation`].
+    pub preallocation: Preallocation,
 }
 
 impl CreateOptions {
@@ -80,6 +95,45 @@ impl CreateOptions {
             refcount_updates: RefcountUpdates::Eager,
             compression_type: CompressionType::Deflate,
             backing: None,
+            data_file: None,
+            preallocation: Preallocation::Off,
+        }
+    }
+
+    /// Checks that there can be such an image.
+    ///
+    /// # Errors
+    /// As [`create`].
+    pub fn check(&self) -> Result<()> {
+        let mut header = self.header()?;
+        Layout::plan(&mut header)?;
+        header.encode().map(drop)
+    }
+
+    /// The virtual size, in whole sectors.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfig`] if it is beyond 63 bits.
+    pub fn virtual_size(&self) -> Result<u64> {
+        let size = self
+            .size
+            .checked_next_multiple_of(SECTOR_SIZE)
+            .filter(|size| i64::try_from(*size).is_ok());
+        match size {
+            Some(size) => Ok(size),
+            None => invalid(format!("a disk of {} bytes is beyond 63 bits", self.size)),
+        }
+    }
+
+    /// What is to be preallocated once the image is made. A raw data file always has the places of all clusters, so
+    /// that what others write to it is read.
+    #[must_use]
+    pub fn preallocation(&self) -> Preallocation {
+        match (&self.data_file, self.preallocation) {
+            (Some(file), Preallocation::Off) if file.layout == data_file::Layout::Raw => {
+                Preallocation::Metadata
+            }
+            (_, asked) => asked,
         }
     }
 
@@ -103,13 +157,8 @@ impl CreateOptions {
         if self.version == Version::V2 {
             self.check_version_2()?;
         }
-        let size = self
-            .size
-            .checked_next_multiple_of(SECTOR_SIZE)
-            .filter(|size| i64::try_from(*size).is_ok());
-        let Some(size) = size else {
-            return invalid(format!("a disk of {} bytes is beyond 63 bits", self.size));
-        };
+        self.check_places()?;
+        let size = self.virtual_size()?;
         let mut header = Header::new(self.version, self.cluster_size.trailing_zeros(), size);
         header.refcount_order = self.refcount_bits.trailing_zeros();
         header.compression_type = self.compression_type;
@@ -124,6 +173,18 @@ impl CreateOptions {
         if self.refcount_updates == RefcountUpdates::Lazy {
             header.compatible_features = CompatibleFeatures::LAZY_REFCOUNTS;
         }
+        if let Some(file) = &self.data_file {
+            header.incompatible_features = header
+                .incompatible_features
+                .with(IncompatibleFeatures::EXTERNAL_DATA_FILE);
+            if file.layout == data_file::Layout::Raw {
+                header.autoclear_features = AutoclearFeatures::RAW_EXTERNAL_DATA;
+            }
+            let name = file.file.clone().into_encoded_bytes();
+            header
+                .extensions
+                .set(ExtensionType::EXTERNAL_DATA_FILE_NAME, name);
+        }
         if let Some(backing) = &self.backing {
             header.backing_file = Some(backing.file.clone());
             header.extensions.set(
@@ -132,6 +193,33 @@ impl CreateOptions {
             );
         }
         Ok(header)
+    }
+
+    /// Checks what backing file, data file and preallocation are together.
+    fn check_places(&self) -> Result<()> {
+        let is_raw = |file: &DataFileReference| file.layout == data_file::Layout::Raw;
+        if self
+            .data_file
+            .as_ref()
+            .is_some_and(|file| file.file.is_empty())
+        {
+            return invalid("data_file= has no name");
+        }
+        if self.backing.is_none() {
+            return Ok(());
+        }
+        if self.data_file.as_ref().is_some_and(is_raw) {
+            return invalid(
+                "data_file_raw=on excludes a backing image: the data file alone is the disk",
+            );
+        }
+        if self.preallocation != Preallocation::Off && self.l2_entries != L2Entries::Extended {
+            return invalid(format!(
+                "preallocation={} would hide the backing image: use extended_l2=on with it",
+                self.preallocation.name()
+            ));
+        }
+        Ok(())
     }
 
     fn check_version_2(&self) -> Result<()> {
@@ -146,6 +234,7 @@ impl CreateOptions {
                 "lazy_refcounts=on",
                 self.refcount_updates != defaults.refcount_updates,
             ),
+            ("data_file", self.data_file.is_some()),
             (
                 "a compression type other than zlib",
                 self.compression_type != defaults.compression_type,
@@ -158,7 +247,8 @@ impl CreateOptions {
     }
 }
 
-/// Makes `storage`, which holds nothing that is still needed, a new image.
+/// Makes `storage`, which holds nothing that is still needed, a new image. A data file and preallocation are the
+/// caller's.
 ///
 /// # Errors
 /// [`ErrorKind::InvalidConfig`] for options that contradict each other or a limit of the format; the storage's own.

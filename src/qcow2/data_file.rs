@@ -15,7 +15,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::engine::Qcow2;
-use super::features::{AutoclearFeatures, IncompatibleFeatures};
+use super::features::AutoclearFeatures;
 use super::header::Header;
 use super::join::join_all;
 use crate::error::{Error, ErrorKind, Result};
@@ -24,7 +24,7 @@ use crate::units::{GuestOffset, HostOffset};
 
 /// Whether the data file is a copy of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Layout {
+pub enum Layout {
     /// What is not allocated is anything.
     Clusters,
     /// Every byte is the disk's.
@@ -75,13 +75,6 @@ impl DataFile {
 }
 
 impl Header {
-    /// Whether guest data lies in another file.
-    #[must_use]
-    pub fn has_data_file(&self) -> bool {
-        self.incompatible_features
-            .contains(IncompatibleFeatures::EXTERNAL_DATA_FILE)
-    }
-
     /// Whether that file reads as the raw disk.
     #[must_use]
     pub fn has_raw_data_file(&self) -> bool {

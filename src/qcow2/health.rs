@@ -160,8 +160,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Marks the bitmaps that a change makes untrue, and returns the autoclear bit that may stay for that: none if
-    /// the bitmaps make no sense. Not durable before a flush.
+    /// Marks the bitmaps that a change makes untrue, and returns the autoclear bit that may stay for that: none if the
+    /// bitmaps make no sense. Not durable before a flush.
     ///
     /// # Errors
     /// The storage's.

@@ -169,4 +169,8 @@ impl Image for Qcow2 {
     fn name(&self) -> &str {
         self.storage.name()
     }
+
+    fn data_file(&self) -> &str {
+        self.data().name()
+    }
 }

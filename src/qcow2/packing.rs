@@ -122,8 +122,8 @@ impl Qcow2 {
     /// end. Whatever the cluster held is given back. Other writes to it must not be under way.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] for an image with a data file, [`ErrorKind::OutOfBounds`] if that is not a cluster of the disk, or the data is not smaller than it; those of
-    /// [`Image::write`].
+    /// [`ErrorKind::Unsupported`] for an image with a data file, [`ErrorKind::OutOfBounds`] if that is not a cluster
+    /// of the disk, or the data is not smaller than it; those of [`Image::write`].
     pub async fn write_compressed(&self, at: GuestOffset, compressed: IoBuf) -> Result<()> {
         if self.geometry.has_data_file() {
             return Err(Error::new(

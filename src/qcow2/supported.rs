@@ -21,7 +21,6 @@ impl Header {
                 );
             }
         }
-        let features = self.incompatible_features;
         self.require_checkable()
     }
 

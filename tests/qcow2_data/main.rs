@@ -8,3 +8,5 @@ mod engine;
 
 mod bitmaps;
 mod compressed;
+mod data_file;
+mod preallocation;
