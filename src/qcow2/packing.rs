@@ -154,10 +154,13 @@ impl Qcow2 {
         let old = self.judge(old).await?;
         let extent = self.place_compressed(len).await?;
         let new = L2Entry::Compressed(extent);
-        if let Err(error) = self.storage.writev(extent.at, compressed).await {
-            for cluster in references(&self.geometry, &new) {
-                self.give_back(Taken::one(cluster)).await;
-            }
+        let taken = Taken::references(references(&self.geometry, &new));
+        let unless_dropped = self.reclaim_if_dropped(&taken);
+        let compressed = self.grace.enter().held_by(compressed);
+        let written = self.storage.writev(extent.at, compressed).await;
+        unless_dropped.settle();
+        if let Err(error) = written {
+            self.give_back(taken).await;
             return Err(error);
         }
         let end = entry_offset + to_usize(self.geometry.l2_entry_size());
@@ -195,9 +198,8 @@ impl Qcow2 {
         if extent.encode(self.geometry.cluster_bits()).is_some() {
             return Ok(extent);
         }
-        for cluster in references(&self.geometry, &L2Entry::Compressed(extent)) {
-            self.give_back(Taken::one(cluster)).await;
-        }
+        let taken = references(&self.geometry, &L2Entry::Compressed(extent));
+        self.give_back(Taken::references(taken)).await;
         Err(Error::new(
             ErrorKind::NoSpace,
             format!(

@@ -126,7 +126,10 @@ impl Qcow2 {
             taken
         };
         // Invariant 2.
-        if let Err(error) = self.prepare_room(&placed, preallocation).await {
+        let unless_dropped = self.reclaim_if_dropped(&taken);
+        let prepared = self.prepare_room(&placed, preallocation).await;
+        unless_dropped.settle();
+        if let Err(error) = prepared {
             self.give_back(taken).await;
             return Err(error);
         }

@@ -24,14 +24,15 @@ pub(super) struct Taken {
 }
 
 impl Taken {
-    /// One cluster that was taken otherwise.
-    pub(super) fn one(cluster: HostCluster) -> Self {
+    /// Clusters of which a reference each was taken otherwise.
+    pub(super) fn references(clusters: impl Iterator<Item = HostCluster>) -> Self {
+        let run = |first| Run {
+            first,
+            count: 1,
+            untouched: false,
+        };
         Self {
-            runs: vec![Run {
-                first: cluster,
-                count: 1,
-                untouched: false,
-            }],
+            runs: clusters.map(run).collect(),
         }
     }
 

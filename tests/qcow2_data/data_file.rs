@@ -286,12 +286,12 @@ fn an_entry_that_points_elsewhere_in_the_data_file_is_corrupt() {
     block_on(image.flush()).unwrap();
     drop(image);
     let bytes = top.contents();
-    let entry = (1u64 << 63 | 65536).to_be_bytes();
+    let entry = ((1u64 << 63) | 65536).to_be_bytes();
     let at = bytes
         .windows(8)
         .rposition(|window| window == entry)
         .unwrap();
-    let elsewhere = IoBuf::from_bytes(&(1u64 << 63 | 2 * 65536).to_be_bytes());
+    let elsewhere = IoBuf::from_bytes(&((1u64 << 63) | (2 * 65536)).to_be_bytes());
     block_on(top.writev(seethrough::units::HostOffset(at as u64), elsewhere)).unwrap();
     let (files, data) = (
         Files::create(("cluster_size=64k", false, false), &mut rng(1)),
