@@ -197,28 +197,29 @@ impl Revision {
                 continue;
             };
             let cluster = self.geometry.host_cluster(table_at);
-            self.count_one(cluster, counting).await?;
+            self.count_clusters(&[cluster], counting).await?;
             let table = self.read_table(table_at).await?;
+            let mut clusters = Vec::new();
             for index in 0..table.len() {
                 let entry = self.l2_entry(&table, table_at, index)?;
-                self.count_entry(&entry, counting).await?;
+                clusters.extend(references(&self.geometry, &entry));
+            }
+            self.count_clusters(&clusters, counting).await?;
+        }
+        Ok(())
+    }
+
+    /// Counts each of these once more or once less, contiguous ones together.
+    async fn count_clusters(&mut self, clusters: &[HostCluster], counting: Counting) -> Result<()> {
+        for run in clusters.chunk_by(|one, next| one.checked_add(1) == Some(*next)) {
+            let Some(first) = run.first() else { continue };
+            let run = first.0..first.0 + run.len() as u64;
+            match counting {
+                Counting::Add => self.refcounts.add(run).await?,
+                Counting::Drop => self.refcounts.remove(run).await?,
             }
         }
         Ok(())
-    }
-
-    async fn count_entry(&mut self, entry: &L2Entry, counting: Counting) -> Result<()> {
-        for cluster in references(&self.geometry, entry) {
-            self.count_one(cluster, counting).await?;
-        }
-        Ok(())
-    }
-
-    async fn count_one(&mut self, cluster: HostCluster, counting: Counting) -> Result<()> {
-        match counting {
-            Counting::Add => self.refcounts.add(cluster).await,
-            Counting::Drop => self.refcounts.drop_one(cluster).await,
-        }
     }
 
     /// Brings the COPIED flags up to date in an L1 table that becomes the active one, and in its L2 tables, which move
@@ -235,10 +236,10 @@ impl Revision {
             if self.refresh_entries(&mut table, table_at).await? {
                 table_at = self.move_table(table_at, &table, holders).await?;
             }
-            let cluster = self.geometry.host_cluster(table_at);
+            let cluster = self.geometry.host_cluster(table_at).0;
             let entry = L1Entry {
                 table: Some(table_at),
-                copied: self.refcounts.get(cluster).await? == 1,
+                copied: self.refcounts.counts(cluster..cluster + 1).await? == [1],
             };
             *word = entry.encode();
         }
@@ -247,18 +248,30 @@ impl Revision {
 
     /// Whether any flag has changed.
     async fn refresh_entries(&self, table: &mut L2Table, table_at: HostOffset) -> Result<bool> {
-        let mut changed = false;
+        let mut hosts = Vec::new();
         for index in 0..table.len() {
             // A compressed cluster never has the flag.
-            let L2Entry::Plain(mut cluster) = self.l2_entry(table, table_at, index)? else {
+            if let L2Entry::Plain(cluster) = self.l2_entry(table, table_at, index)?
+                && let Some(host) = cluster.host
+            {
+                hosts.push((index, cluster, self.geometry.host_cluster(host).0));
+            }
+        }
+        let mut changed = false;
+        for run in hosts.chunk_by(|(.., one), (.., next)| one + 1 == *next) {
+            let Some((.., first)) = run.first() else {
                 continue;
             };
-            let Some(host) = cluster.host else { continue };
-            let copied = self.refcounts.get(self.geometry.host_cluster(host)).await? == 1;
-            if cluster.copied != copied {
-                cluster.copied = copied;
-                table.set(index, cluster);
-                changed = true;
+            let counts = self
+                .refcounts
+                .counts(*first..first + run.len() as u64)
+                .await?;
+            for ((index, cluster, _), count) in run.iter().zip(counts) {
+                let copied = count == 1;
+                if cluster.copied != copied {
+                    table.set(*index, Cluster { copied, ..*cluster });
+                    changed = true;
+                }
             }
         }
         Ok(changed)
@@ -293,12 +306,14 @@ impl Revision {
         };
         let mut table = self.read_table(table_at).await?;
         let mut changed = false;
+        let mut dropped = Vec::new();
         for index in kept..table.len() {
             let entry = self.l2_entry(&table, table_at, index)?;
-            self.count_entry(&entry, Counting::Drop).await?;
+            dropped.extend(references(&self.geometry, &entry));
             changed |= entry != L2Entry::Plain(Cluster::default());
             table.set(index, Cluster::default());
         }
+        self.count_clusters(&dropped, Counting::Drop).await?;
         if changed {
             let entry = L1Entry {
                 table: Some(self.move_table(table_at, &table, 1).await?),
@@ -317,13 +332,15 @@ impl Revision {
         holders: u64,
     ) -> Result<HostOffset> {
         let to = self.place(table.bytes()).await?;
+        let (old, new) = (
+            self.geometry.host_cluster(from).0,
+            self.geometry.host_cluster(to).0,
+        );
         for held in 0..holders {
             if held > 0 {
-                self.refcounts.add(self.geometry.host_cluster(to)).await?;
+                self.refcounts.add(new..new + 1).await?;
             }
-            self.refcounts
-                .drop_one(self.geometry.host_cluster(from))
-                .await?;
+            self.refcounts.remove(old..old + 1).await?;
         }
         Ok(to)
     }
@@ -375,10 +392,8 @@ impl Revision {
     /// [`ErrorKind::Corrupt`] if they are not counted; the storage's.
     pub(super) async fn release(&mut self, at: HostOffset, len: u64) -> Result<()> {
         let first = self.geometry.host_cluster(at).0;
-        for cluster in first..first + len.div_ceil(self.geometry.cluster_size()) {
-            self.refcounts.drop_one(HostCluster(cluster)).await?;
-        }
-        Ok(())
+        let clusters = len.div_ceil(self.geometry.cluster_size());
+        self.refcounts.remove(first..first + clusters).await
     }
 
     /// Puts a table of `snapshots` in place of the one in force, and returns where it lies.

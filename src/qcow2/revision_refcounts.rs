@@ -9,7 +9,7 @@
 //!    the search never turns back.
 //! 2. Only blocks that the revision in force does not know are ever written.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -26,6 +26,11 @@ use crate::units::{HostCluster, HostOffset};
 
 /// Bytes of refcount blocks kept in memory.
 const CACHE: u64 = 16 << 20;
+
+/// Clusters that the search for room looks at together.
+const SEARCH_WINDOW: u64 = 256;
+/// Clusters that everything else looks at together.
+const WINDOW: u64 = 8192;
 
 /// Refcounts that are not in force yet.
 pub(super) struct NewRefcounts {
@@ -67,6 +72,7 @@ impl NewRefcounts {
         let table = table.to_vec();
         let (words, _) = table.as_chunks::<8>();
         let mut in_force = Vec::with_capacity(words.len());
+        let mut seen = HashSet::new();
         for (index, word) in words.iter().enumerate() {
             let word = u64::from_be_bytes(*word);
             let block = decode_refcount_table_entry(&geometry, word).map_err(|defect| {
@@ -75,6 +81,12 @@ impl NewRefcounts {
                     defect.describe()
                 ))
             })?;
+            // A block of its own for every entry, in the file: so much can be gone through.
+            if block.is_some_and(|at| at.0 >= storage.len() || !seen.insert(at)) {
+                return Err(corrupt(&format!(
+                    "refcount table entry {index} ({word:#x}) points behind the file's end or where another one does"
+                )));
+            }
             in_force.push(block);
         }
         Ok(Self {
@@ -111,8 +123,9 @@ impl NewRefcounts {
     /// # Errors
     /// As [`NewRefcounts::check_own_clusters`].
     pub(super) async fn check_counted(&self, first: HostCluster, count: u64) -> Result<()> {
-        for cluster in (first.0..first.0 + count).map(HostCluster) {
-            if self.was(cluster).await? == 0 {
+        for window in windows(first.0..first.0 + count) {
+            let counts = self.counts_in_force(window.clone()).await?;
+            if let Some((cluster, _)) = window.zip(counts).find(|(_, count)| *count == 0) {
                 return Err(corrupt(&format!(
                     "cluster {cluster} holds metadata and has refcount 0"
                 )));
@@ -121,46 +134,51 @@ impl NewRefcounts {
         Ok(())
     }
 
-    /// The refcount in the new revision.
+    /// The refcounts of contiguous clusters in the new revision.
     ///
     /// # Errors
     /// The storage's.
-    pub(super) async fn get(&self, cluster: HostCluster) -> Result<u64> {
-        self.look_up(self.block(cluster), cluster).await
+    pub(super) async fn counts(&self, clusters: Range<u64>) -> Result<Vec<u64>> {
+        self.look_up(clusters, |index| self.block_at(index)).await
     }
 
-    /// Counts one reference more.
+    /// The refcounts of contiguous clusters in the revision in force.
+    async fn counts_in_force(&self, clusters: Range<u64>) -> Result<Vec<u64>> {
+        self.look_up(clusters, |index| self.in_force_at(index))
+            .await
+    }
+
+    /// Counts one reference more to each of contiguous clusters.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] if there was none so far, [`ErrorKind::Unsupported`] if the refcount's width cannot say
     /// it; the storage's.
-    pub(super) async fn add(&mut self, cluster: HostCluster) -> Result<()> {
-        let count = self.get(cluster).await?;
-        if count == 0 {
-            return Err(uncounted(cluster));
-        }
-        if count >= self.geometry.max_refcount() {
-            return Err(Error::new(
+    pub(super) async fn add(&mut self, clusters: Range<u64>) -> Result<()> {
+        let max = self.geometry.max_refcount();
+        let bits = 1u32 << self.geometry.refcount_order();
+        self.change(clusters, |cluster, count| match count {
+            0 => Err(uncounted(cluster)),
+            count if count >= max => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(
-                    "cluster {cluster} has {count} references, and refcounts of {} bits cannot count one more: make a \
-                     copy of the image with wider ones (the option refcount_bits)",
-                    1u32 << self.geometry.refcount_order()
+                    "cluster {cluster} has {count} references, and refcounts of {bits} bits cannot count one more: make \
+                     a copy of the image with wider ones (the option refcount_bits)"
                 ),
-            ));
-        }
-        self.set(cluster, count + 1).await
+            )),
+            count => Ok(count + 1),
+        })
+        .await
     }
 
-    /// Counts one reference less.
+    /// Counts one reference less to each of contiguous clusters.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] if there was none; the storage's.
-    pub(super) async fn drop_one(&mut self, cluster: HostCluster) -> Result<()> {
-        match self.get(cluster).await?.checked_sub(1) {
-            Some(left) => self.set(cluster, left).await,
-            None => Err(uncounted(cluster)),
-        }
+    pub(super) async fn remove(&mut self, clusters: Range<u64>) -> Result<()> {
+        self.change(clusters, |cluster, count| {
+            count.checked_sub(1).ok_or_else(|| uncounted(cluster))
+        })
+        .await
     }
 
     /// Takes contiguous clusters, each with one reference.
@@ -169,10 +187,8 @@ impl NewRefcounts {
     /// [`ErrorKind::NoSpace`] at the end of what the format can address; the storage's.
     pub(super) async fn take(&mut self, count: u64) -> Result<HostCluster> {
         let first = self.find_free(count).await?;
-        for cluster in first.0..first.0 + count {
-            self.set(HostCluster(cluster), 1).await?;
-        }
-        Ok(first)
+        self.change(first..first + count, |_, _| Ok(1)).await?;
+        Ok(HostCluster(first))
     }
 
     /// Writes the new revision's blocks and table. Nothing may change afterwards.
@@ -202,7 +218,7 @@ impl NewRefcounts {
         let (mut first, mut clusters) = (HostCluster(0), 0);
         loop {
             while let Some(cluster) = self.leaving.pop() {
-                self.drop_one(cluster).await?;
+                self.remove(cluster.0..cluster.0 + 1).await?;
             }
             let last_changed = self
                 .changed
@@ -216,9 +232,8 @@ impl NewRefcounts {
             if needed * self.geometry.cluster_size() > MAX_REFCOUNT_TABLE_BYTES {
                 return Err(no_space());
             }
-            for cluster in first.0..first.0 + clusters {
-                self.set(HostCluster(cluster), 0).await?;
-            }
+            self.change(first.0..first.0 + clusters, |_, _| Ok(0))
+                .await?;
             first = self.take(needed).await?;
             clusters = needed;
         }
@@ -234,25 +249,42 @@ impl NewRefcounts {
             .collect();
         for index in self.changed.keys() {
             let first = index * self.geometry.block_entries();
-            let mut run = 0..0;
-            for cluster in first..first + self.geometry.block_entries() {
-                let freed = self.is_freed(HostCluster(cluster)).await;
-                if !freed || old_blocks.contains(&HostCluster(cluster)) {
+            for window in windows(first..first + self.geometry.block_entries()) {
+                // What cannot be read stays.
+                let Ok((was, is)) = self.both(window.clone()).await else {
                     continue;
+                };
+                let mut run = 0..0;
+                for (cluster, (was, is)) in window.zip(was.into_iter().zip(is)) {
+                    let freed = was != 0 && is == 0;
+                    if !freed || old_blocks.contains(&HostCluster(cluster)) {
+                        continue;
+                    }
+                    if run.end != cluster {
+                        self.punch(run).await;
+                        run = cluster..cluster;
+                    }
+                    run.end = cluster + 1;
                 }
-                if run.end != cluster {
-                    self.punch(run).await;
-                    run = cluster..cluster;
-                }
-                run.end = cluster + 1;
+                self.punch(run).await;
             }
-            self.punch(run).await;
         }
         for cluster in old_blocks {
-            if self.get(cluster).await.is_ok_and(|count| count == 0) {
-                self.punch(cluster.0..cluster.0 + 1).await;
+            let range = cluster.0..cluster.0 + 1;
+            if self
+                .counts(range.clone())
+                .await
+                .is_ok_and(|counts| counts == [0])
+            {
+                self.punch(range).await;
             }
         }
+    }
+
+    /// The refcounts in force, and those of the new revision.
+    async fn both(&self, clusters: Range<u64>) -> Result<(Vec<u64>, Vec<u64>)> {
+        let was = self.counts_in_force(clusters.clone()).await?;
+        Ok((was, self.counts(clusters).await?))
     }
 
     /// The cluster behind the last one in use.
@@ -261,17 +293,19 @@ impl NewRefcounts {
     /// The storage's.
     pub(super) async fn end_of_used(&self) -> Result<HostCluster> {
         let per_block = self.geometry.block_entries();
-        let mut end = self.entries() * per_block;
-        while end > 0 {
-            if self.block(HostCluster(end - 1)).is_none() {
-                end -= per_block;
-            } else if self.get(HostCluster(end - 1)).await? == 0 {
-                end -= 1;
-            } else {
-                break;
+        for index in (0..self.entries()).rev() {
+            if self.block_at(index).is_none() {
+                continue;
+            }
+            let first = index * per_block;
+            for window in windows(first..first + per_block).rev() {
+                let counts = self.counts(window.clone()).await?;
+                if let Some(last) = counts.iter().rposition(|count| *count != 0) {
+                    return Ok(HostCluster(window.start + last as u64 + 1));
+                }
             }
         }
-        Ok(HostCluster(end))
+        Ok(HostCluster(0))
     }
 
     /// Entries of the refcount table that are in use.
@@ -281,12 +315,6 @@ impl NewRefcounts {
             .last_key_value()
             .map_or(0, |(index, _)| index + 1);
         changed.max(self.in_force.len() as u64)
-    }
-
-    /// Whether a cluster is in use in the revision in force alone; one whose refcount cannot be read stays.
-    async fn is_freed(&self, cluster: HostCluster) -> bool {
-        let was_used = self.was(cluster).await.is_ok_and(|count| count != 0);
-        was_used && self.get(cluster).await.is_ok_and(|count| count == 0)
     }
 
     async fn punch(&self, run: Range<u64>) {
@@ -304,42 +332,65 @@ impl NewRefcounts {
         }
     }
 
-    /// The refcount in the revision in force.
-    async fn was(&self, cluster: HostCluster) -> Result<u64> {
-        let index = cluster.0 / self.geometry.block_entries();
-        self.look_up(self.in_force_at(index), cluster).await
-    }
-
-    async fn set(&mut self, cluster: HostCluster, refcount: u64) -> Result<()> {
-        let mut pending = vec![(cluster, refcount)];
-        while let Some((cluster, refcount)) = pending.pop() {
-            let index = cluster.0 / self.geometry.block_entries();
-            match self.changed.get(&index).copied() {
-                Some(block) => self.store(block, cluster, refcount).await?,
-                None => {
-                    let place = self.find_free(1).await?;
-                    self.copy_block(index, self.geometry.host_start(place))
-                        .await?;
-                    pending.push((cluster, refcount));
-                    pending.push((place, 1));
-                }
+    /// Changes the refcounts of contiguous clusters, from each to what `step` makes of it.
+    async fn change(
+        &mut self,
+        clusters: Range<u64>,
+        step: impl Fn(u64, u64) -> Result<u64>,
+    ) -> Result<()> {
+        let order = self.geometry.refcount_order();
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let block = self.own_block(at / self.geometry.block_entries()).await?;
+            let (slice_at, part, within) = self.part_of(block, at..clusters.end);
+            let slice = self.blocks.get(slice_at).await?;
+            let bytes = refcount::bytes_of(within.start, order).start
+                ..refcount::bytes_of(within.end - 1, order).end;
+            at = part.end;
+            self.blocks.update(&slice, bytes, |bytes| {
+                part.zip(within).try_for_each(|(cluster, index)| {
+                    let count = step(cluster, refcount::get(bytes, index, order))?;
+                    refcount::set(bytes, index, order, count);
+                    Ok::<_, Error>(())
+                })
+            })?;
+            if self.blocks.needs_write_back() {
+                self.write_blocks().await?;
             }
         }
         Ok(())
     }
 
-    async fn store(&self, block: HostOffset, cluster: HostCluster, refcount: u64) -> Result<()> {
+    /// Where the block at `index` of the table lies that may be changed; a copy of the one in force, if need be. The
+    /// copy's own place is counted, which may take further copies.
+    async fn own_block(&mut self, index: u64) -> Result<HostOffset> {
         let order = self.geometry.refcount_order();
-        let (slice_at, within) = self.place_of(block, cluster);
-        let slice = self.blocks.get(slice_at).await?;
-        self.blocks
-            .update(&slice, refcount::bytes_of(within, order), |bytes| {
-                refcount::set(bytes, within, order, refcount);
+        let mut uncounted = Vec::new();
+        let mut missing = Some(index).filter(|index| !self.changed.contains_key(index));
+        loop {
+            if let Some(index) = missing.take() {
+                let place = self.find_free(1).await?;
+                self.copy_block(index, self.geometry.host_start(HostCluster(place)))
+                    .await?;
+                uncounted.push(place);
+            }
+            let Some(place) = uncounted.last().copied() else {
+                break;
+            };
+            let place_index = place / self.geometry.block_entries();
+            let Some(block) = self.changed.get(&place_index).copied() else {
+                missing = Some(place_index);
+                continue;
+            };
+            uncounted.pop();
+            let (slice_at, _, within) = self.part_of(block, place..place + 1);
+            let slice = self.blocks.get(slice_at).await?;
+            let bytes = refcount::bytes_of(within.start, order);
+            self.blocks.update(&slice, bytes, |bytes| {
+                refcount::set(bytes, within.start, order, 1);
             });
-        if self.blocks.needs_write_back() {
-            self.write_blocks().await?;
         }
-        Ok(())
+        self.changed.get(&index).copied().ok_or_else(no_space)
     }
 
     /// Starts a new block at `place` with what the one in force holds.
@@ -363,40 +414,64 @@ impl NewRefcounts {
     }
 
     /// The first `count` free clusters in a row, which the search never meets again.
-    async fn find_free(&mut self, count: u64) -> Result<HostCluster> {
+    async fn find_free(&mut self, count: u64) -> Result<u64> {
+        let limit = MAX_HOST_OFFSET / self.geometry.cluster_size();
         let mut first = self.next;
-        let mut end = first;
-        while end - first < count {
-            if end >= MAX_HOST_OFFSET / self.geometry.cluster_size() {
-                return Err(no_space());
+        let mut window = first..(first + SEARCH_WINDOW).min(limit);
+        while !window.is_empty() {
+            let (was, is) = self.both(window.clone()).await?;
+            for (cluster, (was, is)) in window.clone().zip(was.into_iter().zip(is)) {
+                if was != 0 || is != 0 {
+                    first = cluster + 1;
+                } else if cluster + 1 - first >= count {
+                    self.next = cluster + 1;
+                    return Ok(first);
+                }
             }
-            let cluster = HostCluster(end);
-            let free = self.get(cluster).await? == 0 && self.was(cluster).await? == 0;
-            end += 1;
-            if !free {
-                first = end;
-            }
+            window = window.end..(window.end + SEARCH_WINDOW).min(limit);
         }
-        self.next = end;
-        Ok(HostCluster(first))
+        Err(no_space())
     }
 
-    async fn look_up(&self, block: Option<HostOffset>, cluster: HostCluster) -> Result<u64> {
-        let Some(block) = block else { return Ok(0) };
-        let (slice_at, within) = self.place_of(block, cluster);
-        let slice = self.blocks.get(slice_at).await?;
-        Ok(slice.read(|bytes| refcount::get(bytes, within, self.geometry.refcount_order())))
+    async fn look_up(
+        &self,
+        clusters: Range<u64>,
+        block_at: impl Fn(u64) -> Option<HostOffset>,
+    ) -> Result<Vec<u64>> {
+        let order = self.geometry.refcount_order();
+        let per_block = self.geometry.block_entries();
+        let mut counts = Vec::new();
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let Some(block) = block_at(at / per_block) else {
+                let end = clusters.end.min((at / per_block + 1) * per_block);
+                counts.extend((at..end).map(|_| 0));
+                at = end;
+                continue;
+            };
+            let (slice_at, part, within) = self.part_of(block, at..clusters.end);
+            let slice = self.blocks.get(slice_at).await?;
+            slice.read(|bytes| {
+                counts.extend(within.map(|index| refcount::get(bytes, index, order)));
+            });
+            at = part.end;
+        }
+        Ok(counts)
     }
 
-    /// The slice of `block` that holds a cluster's refcount, and the index in it.
-    fn place_of(&self, block: HostOffset, cluster: HostCluster) -> (HostOffset, u64) {
+    /// The slice of `block` that holds the first of these clusters' refcounts, those that it holds too, and their
+    /// indices in it.
+    fn part_of(
+        &self,
+        block: HostOffset,
+        clusters: Range<u64>,
+    ) -> (HostOffset, Range<u64>, Range<u64>) {
+        let first = HostCluster(clusters.start);
         let slice_size = self.blocks.slice_size();
-        let (at, within, _) = self.geometry.refcount_slice(slice_size, block, cluster);
-        (at, within)
-    }
-
-    fn block(&self, cluster: HostCluster) -> Option<HostOffset> {
-        self.block_at(cluster.0 / self.geometry.block_entries())
+        let (at, within, covered) = self.geometry.refcount_slice(slice_size, block, first);
+        let part = clusters.start..clusters.end.min(covered.end);
+        let len = part.end - part.start;
+        (at, part, within..within + len)
     }
 
     fn block_at(&self, index: u64) -> Option<HostOffset> {
@@ -410,7 +485,16 @@ impl NewRefcounts {
     }
 }
 
-fn uncounted(cluster: HostCluster) -> Error {
+/// A range of clusters in parts that may be looked at together.
+fn windows(clusters: Range<u64>) -> impl DoubleEndedIterator<Item = Range<u64>> {
+    let parts = (clusters.end - clusters.start).div_ceil(WINDOW);
+    (0..parts).map(move |part| {
+        let start = clusters.start + part * WINDOW;
+        start..clusters.end.min(start + WINDOW)
+    })
+}
+
+fn uncounted(cluster: u64) -> Error {
     corrupt(&format!("cluster {cluster} is in use and has refcount 0"))
 }
 
