@@ -44,7 +44,7 @@ const CUT_SHAPES: &[Shape] = &[
         backing: Backing::LongRaw,
     },
     Shape {
-        options: "cluster_size=4096,refcount_bits=4",
+        options: "cluster_size=4096,refcount_bits=8",
         size: 150 << 10,
         backing: Backing::Raw,
     },
@@ -651,8 +651,15 @@ fn metadata_of_snapshots_is_never_given_to_a_guest_whatever_refcounts_say() {
         let refcount = usize::try_from(refcount_block + cluster / 512 * 2).unwrap();
         assert_eq!(bytes[refcount..refcount + 2], [0, 1]);
         bytes[refcount + 1] = 0;
-        let storage = Arc::new(MemoryStorage::new(bytes));
+        // Neither to a new revision of the metadata ...
+        let storage = Arc::new(MemoryStorage::new(bytes.clone()));
         let image = open(Arc::clone(&storage) as Arc<dyn Storage>, &chain);
+        let refusal = block_on(image.resize(shape.size * 2)).err().unwrap();
+        let uncounted = refusal.to_string().contains("has refcount 0: repair");
+        assert!(uncounted, "{cluster:#x}: {refusal}");
+        assert!(storage.contents() == bytes, "{cluster:#x}");
+        // ... nor to a guest.
+        let image = open(storage as Arc<dyn Storage>, &chain);
         let refusal = (0..shape.size).step_by(512).find_map(|at| {
             let content = IoBuf::from_bytes(&[2; 512]);
             block_on(image.write(GuestOffset(at), content)).err()
@@ -660,4 +667,26 @@ fn metadata_of_snapshots_is_never_given_to_a_guest_whatever_refcounts_say() {
         let refusal = refusal.expect("the cluster is found free").to_string();
         assert!(refusal.contains("hold metadata"), "{cluster:#x}: {refusal}");
     }
+}
+
+#[test]
+fn a_version_2_snapshot_of_another_size_is_refused() {
+    let shape = Shape {
+        options: "compat=0.10,cluster_size=4096",
+        size: 100 << 10,
+        backing: Backing::None,
+    };
+    let chain = Chain::create(&shape, &mut rng(1));
+    let image = open(top(&chain), &chain);
+    drop(block_on(image.create_snapshot(OsStr::new("one"), a_moment())).unwrap());
+    let mut bytes = chain.top().contents();
+    let disk_size = usize::try_from(pointer(&bytes, 64)).unwrap() + 48;
+    bytes[disk_size..disk_size + 8].copy_from_slice(&(50u64 << 10).to_be_bytes());
+    let storage = Arc::new(MemoryStorage::new(bytes.clone()));
+    let image = open(Arc::clone(&storage) as Arc<dyn Storage>, &chain);
+    let refusal = block_on(image.apply_snapshot(OsStr::new("one")))
+        .err()
+        .unwrap();
+    assert_eq!(refusal.kind(), ErrorKind::Unsupported, "{refusal}");
+    assert!(storage.contents() == bytes);
 }

@@ -7,6 +7,7 @@
 pub mod bounded;
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use bounded::Bounded;
 use rand::rngs::StdRng;
@@ -48,6 +49,7 @@ pub const QCOW2: &[Body] = &[
     ("commitment", commitment),
     ("dump", dump),
     ("whole_image", whole_image),
+    ("changes", changes),
 ];
 
 /// Every body for raw disks.
@@ -188,6 +190,33 @@ pub fn whole_image(image: &[u8]) {
         &mut |_| {},
         &Progress::default(),
     )));
+}
+
+/// Takes, applies and deletes snapshots, and makes the disk longer and shorter.
+pub fn changes(image: &[u8]) {
+    let open = || -> Option<Qcow2> {
+        let storage = Arc::new(Bounded::new(image));
+        let disk = judged(block_on(Qcow2::open(storage, None, Access::ReadWrite)))?;
+        Some(disk)
+    };
+    for number in 0..6 {
+        let Some(disk) = open() else {
+            return;
+        };
+        let name = if number == 0 { "two" } else { "one" };
+        let changed = match number {
+            0 => block_on(disk.create_snapshot(name.as_ref(), SystemTime::UNIX_EPOCH)),
+            1 => block_on(disk.apply_snapshot(name.as_ref())),
+            2 => block_on(disk.delete_snapshot(name.as_ref())),
+            3 => block_on(disk.resize(0)),
+            4 => block_on(disk.resize(1 << 20)),
+            _ => block_on(disk.resize(9 << 20)),
+        };
+        if let Some(disk) = judged(changed) {
+            let _ = judged(block_on(disk.write(GuestOffset(0), IoBuf::zeroed(512))));
+            let _ = judged(block_on(disk.flush()));
+        }
+    }
 }
 
 fn request(disk: &Qcow2, rng: &mut StdRng) {

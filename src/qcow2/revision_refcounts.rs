@@ -110,10 +110,10 @@ impl NewRefcounts {
     /// [`ErrorKind::Corrupt`] if one is not; the storage's.
     pub(super) async fn check_own_clusters(&self) -> Result<()> {
         let (first, count) = self.table_in_force;
-        self.check_counted(first, count).await?;
+        self.check_counted(first.0..first.0 + count).await?;
         for block in self.in_force.iter().flatten() {
-            self.check_counted(self.geometry.host_cluster(*block), 1)
-                .await?;
+            let cluster = self.geometry.host_cluster(*block).0;
+            self.check_counted(cluster..cluster + 1).await?;
         }
         Ok(())
     }
@@ -122,8 +122,8 @@ impl NewRefcounts {
     ///
     /// # Errors
     /// As [`NewRefcounts::check_own_clusters`].
-    pub(super) async fn check_counted(&self, first: HostCluster, count: u64) -> Result<()> {
-        for window in windows(first.0..first.0 + count) {
+    pub(super) async fn check_counted(&self, clusters: Range<u64>) -> Result<()> {
+        for window in windows(clusters) {
             let counts = self.counts_in_force(window.clone()).await?;
             if let Some((cluster, _)) = window.zip(counts).find(|(_, count)| *count == 0) {
                 return Err(corrupt(&format!(

@@ -254,6 +254,15 @@ mod tests {
     }
 
     #[test]
+    fn an_external_data_file_is_refused_by_name() {
+        let mut header = Header::new(Version::V3, 16, 1 << 20);
+        require_snapshots(&header).unwrap();
+        header.incompatible_features = IncompatibleFeatures::EXTERNAL_DATA_FILE;
+        let error = require_snapshots(&header).unwrap_err();
+        assert!(error.to_string().contains("external data file"), "{error}");
+    }
+
+    #[test]
     fn ids_count_on_from_the_largest_number() {
         assert_eq!(next_id(&[]), "1");
         let some = [snapshot("7", "a"), snapshot("x", "b"), snapshot("2", "9")];
