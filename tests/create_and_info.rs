@@ -312,6 +312,23 @@ fn the_declaration_of_regions_is_shown_whatever_the_format() {
     oracle::qemu_img_check(&directory.path("base.qcow2"), Tolerated::Nothing);
 }
 
+#[test]
+fn persistent_bitmaps_are_listed_as_stock_tools_list_them() {
+    let directory = Directory::new();
+    directory.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "10M"]);
+    directory.qemu_img(&["bitmap", "--add", "a.qcow2", "records"]);
+    directory.qemu_img(&[
+        "bitmap",
+        "--add",
+        "-g",
+        "512",
+        "--disable",
+        "a.qcow2",
+        "of earlier",
+    ]);
+    directory.described_alike("a.qcow2");
+}
+
 /// The disk of a stopped QEMU holds no lock; one that is in use does.
 #[test]
 fn an_image_in_use_is_neither_replaced_nor_described_without_force() {

@@ -7,6 +7,7 @@ use super::format::Format;
 use super::host::{HostOptions, Locking, open_file};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::Access;
+use crate::qcow2::bitmap::{Bitmap, BitmapDirectory};
 use crate::qcow2::header::{Header, MAGIC};
 use crate::qcow2::snapshot_table::{Snapshot, read_snapshots};
 use crate::storage::{FileStorage, Storage};
@@ -36,6 +37,8 @@ pub struct Inspected {
     pub header: Option<Header>,
     /// Its internal snapshots.
     pub snapshots: Vec<Snapshot>,
+    /// Its persistent bitmaps; none if their directory is broken.
+    pub bitmaps: Vec<Bitmap>,
     /// The disk's length in bytes.
     pub virtual_size: u64,
 }
@@ -83,13 +86,29 @@ pub async fn inspect(
             .context(|| path.display().to_string())?,
         None => Vec::new(),
     };
+    let bitmaps = match &header {
+        Some(header) => read_bitmaps(&storage, header).await,
+        None => Vec::new(),
+    };
     Ok(Inspected {
         path: path.to_owned(),
         format,
         header,
         snapshots,
+        bitmaps,
         virtual_size,
     })
+}
+
+/// What bitmaps an image has is no reason not to show the rest of it.
+async fn read_bitmaps(storage: &FileStorage, header: &Header) -> Vec<Bitmap> {
+    match BitmapDirectory::read(storage, header).await {
+        Ok(directory) => directory.map_or_else(Vec::new, |directory| directory.bitmaps),
+        Err(error) => {
+            log::warn!("{}: {error}", storage.name());
+            Vec::new()
+        }
+    }
 }
 
 /// The image at `path` and everything behind it, topmost first.

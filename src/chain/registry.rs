@@ -24,6 +24,7 @@ use super::inspect::{Unnamed, check_depth, detect, read_header};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::{Access, Image, RawImage, ReadOnlyImage};
 use crate::qcow2::Qcow2;
+use crate::qcow2::cache_budget::{CacheBudget, CacheSize};
 use crate::qcow2::header::Header;
 use crate::storage::{FileStorage, Storage};
 use crate::sys::FileId;
@@ -71,6 +72,8 @@ type Open = HashMap<FileId, (Weak<dyn Image>, Arc<Source>)>;
 /// The images that are open.
 pub struct Registry {
     options: HostOptions,
+    /// The memory that the metadata caches of all images share.
+    metadata: Arc<CacheBudget>,
     open: Mutex<Open>,
 }
 
@@ -88,8 +91,15 @@ impl Registry {
     /// A registry without images, which opens files with `options`.
     #[must_use]
     pub fn new(options: HostOptions) -> Self {
+        Self::with_metadata_cache(options, CacheSize::default())
+    }
+
+    /// A registry whose images have metadata caches of this size, all together.
+    #[must_use]
+    pub fn with_metadata_cache(options: HostOptions, size: CacheSize) -> Self {
         Self {
             options,
+            metadata: CacheBudget::new(size),
             open: Mutex::default(),
         }
     }
@@ -129,7 +139,7 @@ impl Registry {
         open.retain(|_, (image, _)| image.strong_count() > 0);
         let (mut layers, mut below) = self.descend(open, writable, request).await?;
         while let Some(layer) = layers.pop() {
-            below = Some(build(open, layer, below).await?);
+            below = Some(build(open, layer, below, &self.metadata).await?);
         }
         let disk = below
             .ok_or_else(|| Error::new(ErrorKind::InvalidConfig, "a disk without any image"))?;
@@ -290,7 +300,12 @@ pub fn file_id(path: &Path) -> Result<FileId> {
 }
 
 /// Makes an image of an open file, and enters it in the registry.
-async fn build(open: &mut Open, layer: Layer, below: Option<OpenImage>) -> Result<OpenImage> {
+async fn build(
+    open: &mut Open,
+    layer: Layer,
+    below: Option<OpenImage>,
+    metadata: &Arc<CacheBudget>,
+) -> Result<OpenImage> {
     let id = layer.storage.id();
     let (backing_image, backing_source) = below.map_or((None, None), |below| {
         (Some(below.image), Some(below.source))
@@ -299,7 +314,9 @@ async fn build(open: &mut Open, layer: Layer, below: Option<OpenImage>) -> Resul
     let image: Arc<dyn Image> = match layer.format {
         Format::Raw => Arc::new(RawImage::new(storage, layer.access)),
         Format::Qcow2 => {
-            Arc::new(Qcow2::open_with_data(storage, layer.data, backing_image, layer.access).await?)
+            let opened =
+                Qcow2::open_sharing(storage, layer.data, backing_image, layer.access, metadata);
+            Arc::new(opened.await?)
         }
     };
     let source = Arc::new(Source {

@@ -7,6 +7,7 @@ use crate::chain::host::{HostOptions, Locking};
 use crate::chain::registry::{DiskRequest, Registry};
 use crate::error::{Context, Result};
 use crate::image::{Access, Image};
+use crate::qcow2::cache_budget::CacheSize;
 use crate::storage::CacheMode;
 use crate::sys::block_on;
 use crate::view::declared::Views;
@@ -15,9 +16,13 @@ use crate::view::declared::Views;
 ///
 /// # Errors
 /// If one of them cannot be opened, or is used in a way that excludes this one.
-pub(super) fn open_disks(vms: &[VmOptions], cache: CacheMode) -> Result<Vec<Arc<dyn Image>>> {
+pub(super) fn open_disks(
+    vms: &[VmOptions],
+    cache: CacheMode,
+    metadata: CacheSize,
+) -> Result<Vec<Arc<dyn Image>>> {
     let locking = Locking::Lock;
-    let registry = Registry::new(HostOptions { cache, locking });
+    let registry = Registry::with_metadata_cache(HostOptions { cache, locking }, metadata);
     let requests: Vec<DiskRequest> = vms.iter().map(request).collect();
     block_on(async {
         let disks = registry.open_family(&requests).await?;

@@ -16,6 +16,7 @@ use crate::chain::host::Locking;
 use crate::chain::inspect::{Inspected, Unnamed, inspect, inspect_chain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::jobs::figures::{Family, FileFigures, family, image_figures};
+use crate::qcow2::bitmap::Bitmap;
 use crate::qcow2::features::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
 use crate::qcow2::header::{Header, Version};
 use crate::qcow2::header_extension::{ExtensionType, SEETHROUGH_EXTENSION};
@@ -175,6 +176,34 @@ struct FormatSpecific {
     data: Qcow2Specific,
 }
 
+/// A bitmap, with the field names of QEMU's `Qcow2BitmapInfo`.
+#[derive(Serialize)]
+struct BitmapInfo {
+    flags: Vec<&'static str>,
+    name: String,
+    granularity: u64,
+}
+
+impl BitmapInfo {
+    fn of(bitmap: &Bitmap) -> Self {
+        let flags = [(bitmap.is_in_use, "in-use"), (bitmap.is_auto, "auto")];
+        Self {
+            flags: flags.into_iter().filter_map(|(set, name)| set.then_some(name)).collect(),
+            name: bitmap.name.clone(),
+            granularity: bitmap.granularity,
+        }
+    }
+
+    fn human(&self, line: &mut impl FnMut(&str, &str)) {
+        line("            flags", "");
+        for (number, flag) in self.flags.iter().enumerate() {
+            line(&format!("                [{number}]"), flag);
+        }
+        line("            name", &self.name);
+        line("            granularity", &self.granularity.to_string());
+    }
+}
+
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Qcow2Specific {
@@ -182,6 +211,8 @@ struct Qcow2Specific {
     compression_type: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     lazy_refcounts: Option<bool>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    bitmaps: Vec<BitmapInfo>,
     refcount_bits: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     data_file: Option<String>,
@@ -212,7 +243,7 @@ impl ImageInfo {
             figures,
         };
         Ok(match &image.header {
-            Some(header) => info.with_header(&image.path, header),
+            Some(header) => info.with_header(&image.path, header, &image.bitmaps),
             // A raw image declares its regions in a file beside it.
             None => Self {
                 seethrough: read_declaration(&image.path, None)?
@@ -224,7 +255,7 @@ impl ImageInfo {
         })
     }
 
-    fn with_header(self, path: &Path, header: &Header) -> Self {
+    fn with_header(self, path: &Path, header: &Header, bitmaps: &[Bitmap]) -> Self {
         let name = header.backing_file.as_ref();
         let full = name.and_then(|name| resolve(path, name).ok());
         Self {
@@ -240,7 +271,7 @@ impl ImageInfo {
                 .map(|format| format.to_string_lossy().into_owned()),
             format_specific: Some(FormatSpecific {
                 format: "qcow2",
-                data: Qcow2Specific::of(header),
+                data: Qcow2Specific::of(header, bitmaps),
             }),
             seethrough: header.extension(SEETHROUGH_EXTENSION).map(declaration),
             ..self
@@ -294,7 +325,7 @@ impl ImageInfo {
 }
 
 impl Qcow2Specific {
-    fn of(header: &Header) -> Self {
+    fn of(header: &Header, bitmaps: &[Bitmap]) -> Self {
         let v3 = header.version == Version::V3;
         let compatible = header.compatible_features;
         let incompatible = header.incompatible_features;
@@ -304,6 +335,7 @@ impl Qcow2Specific {
             compat: if v3 { "1.1" } else { "0.10" },
             compression_type: header.compression_type.name(),
             lazy_refcounts: v3.then(|| compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS)),
+            bitmaps: bitmaps.iter().map(BitmapInfo::of).collect(),
             refcount_bits: header.refcount_bits(),
             data_file: data_file
                 .filter(|_| external)
@@ -323,6 +355,13 @@ impl Qcow2Specific {
         line("    compression type", self.compression_type);
         if let Some(lazy) = self.lazy_refcounts {
             line("    lazy refcounts", &lazy.to_string());
+        }
+        if !self.bitmaps.is_empty() {
+            line("    bitmaps", "");
+        }
+        for (number, bitmap) in self.bitmaps.iter().enumerate() {
+            line(&format!("        [{number}]"), "");
+            bitmap.human(line);
         }
         line("    refcount bits", &self.refcount_bits.to_string());
         if let Some(data_file) = &self.data_file {
@@ -358,6 +397,7 @@ mod tests {
             path: "/dev/null".into(),
             format: Format::Qcow2,
             snapshots: Vec::new(),
+            bitmaps: Vec::new(),
             virtual_size: 1 << 20,
             header: Some(header.with_extension(SEETHROUGH_EXTENSION, b"no JSON".to_vec())),
         };

@@ -8,10 +8,12 @@ use clap::{Args, ValueEnum};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::disks::open_disks;
+use super::options::parse_size;
 use super::output;
 use super::vm_options::{VmOptions, check_apart, read_config};
 use crate::chain::format::Format;
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::cache_budget::CacheSize;
 use crate::storage::CacheMode;
 use crate::sys::take_inherited_fd;
 use crate::vhost_user::{Endpoint, MAX_QUEUES, Server, Vm};
@@ -78,6 +80,11 @@ pub struct Serve {
     #[arg(long, value_enum, default_value_t = Cache::Writeback)]
     cache: Cache,
 
+    /// Memory for the metadata of all disks together (L2 tables and refcount blocks): a size, or full for as much as
+    /// there is [default: what covers the disks, up to 40M each and 256M in all]
+    #[arg(long, value_name = "SIZE|full", value_parser = parse_cache_size)]
+    l2_cache_size: Option<CacheSize>,
+
     /// Log this and worse to standard error: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log_level: log::LevelFilter,
@@ -135,7 +142,7 @@ impl Serve {
         };
         raise_descriptor_limit();
         let mut server = Server::new()?;
-        let disks = open_disks(&vms, self.cache.into())?;
+        let disks = open_disks(&vms, self.cache.into(), self.l2_cache_size.unwrap_or_default())?;
         let mut ready = Vec::with_capacity(vms.len());
         for (options, disk) in vms.iter().zip(disks) {
             let queue_count = options.num_queues.or(self.num_queues).unwrap_or_else(default_queue_count);
@@ -183,6 +190,13 @@ impl Serve {
             return Err(invalid("no disk is named: give one with --blk-file, or several with --vm or --config"));
         }
         Ok(vms)
+    }
+}
+
+fn parse_cache_size(text: &str) -> Result<CacheSize, String> {
+    match text {
+        "full" => Ok(CacheSize::Full),
+        _ => parse_size(text).map(CacheSize::Bytes),
     }
 }
 

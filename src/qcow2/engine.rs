@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use super::allocator::{Allocator, Layout};
 use super::bitmap::BitmapDirectory;
+use super::cache_budget::{CacheBudget, CacheSize};
 use super::data_file::DataFile;
 use super::geometry::{Geometry, to_usize};
 use super::grace::Grace;
@@ -29,9 +30,9 @@ use crate::storage::Storage;
 use crate::sys::IoBuf;
 use crate::units::{HostCluster, HostOffset};
 
-/// Bytes of L2 tables kept in memory, unless the image needs fewer: at 64 KiB clusters they map 256 GiB.
+/// Bytes of L2 tables kept in memory by default, unless the image needs fewer: at 64 KiB clusters they map 256 GiB.
 const MAX_L2_CACHE: u64 = 32 << 20;
-/// Bytes of refcount blocks kept in memory: at 64 KiB clusters they cover 256 GiB.
+/// Bytes of refcount blocks kept in memory by default, unless the image needs fewer: at 64 KiB clusters they cover 256 GiB.
 const MAX_REFCOUNT_CACHE: u64 = 8 << 20;
 
 /// An open image. All its users in this process share it.
@@ -98,8 +99,23 @@ impl Qcow2 {
         backing: Option<Arc<dyn Image>>,
         access: Access,
     ) -> Result<Self> {
+        let tables = CacheBudget::new(CacheSize::Covering);
+        Self::open_sharing(storage, data, backing, access, &tables).await
+    }
+
+    /// As [`Qcow2::open_with_data`]; the image's metadata cache shares `budget` with other images.
+    ///
+    /// # Errors
+    /// As [`Qcow2::open_with_data`].
+    pub async fn open_sharing(
+        storage: Arc<dyn Storage>,
+        data: Option<Arc<dyn Storage>>,
+        backing: Option<Arc<dyn Image>>,
+        access: Access,
+        budget: &Arc<CacheBudget>,
+    ) -> Result<Self> {
         let name = storage.name().to_owned();
-        Self::open_unnamed(storage, data, backing, access)
+        Self::open_unnamed(storage, data, backing, access, budget)
             .await
             .context(|| format!("opening {name}"))
     }
@@ -109,6 +125,7 @@ impl Qcow2 {
         data: Option<Arc<dyn Storage>>,
         backing: Option<Arc<dyn Image>>,
         access: Access,
+        budget: &Arc<CacheBudget>,
     ) -> Result<Self> {
         let header = Header::read(storage.as_ref()).await?;
         match access {
@@ -123,11 +140,16 @@ impl Qcow2 {
         let l1_bytes = u64::from(header.l1_size) * 8;
         let l1 = read_table(storage.as_ref(), header.l1_table_offset, l1_bytes).await?;
         let l1 = L1Table::new(geometry, header.l1_table_offset, &l1);
-        let allocator = open_allocator(&storage, access, &header, &l1).await?;
+        let allocator = open_allocator(&storage, access, &header, &l1, budget).await?;
         let virtual_size = header.virtual_size();
-        let l2_limit = geometry.l2_bytes_for(virtual_size).min(MAX_L2_CACHE);
+        let l2_wanted = geometry.l2_bytes_for(virtual_size).min(MAX_L2_CACHE);
         Ok(Self {
-            l2: TableCache::new(Arc::clone(&storage), geometry.cluster_size(), l2_limit),
+            l2: TableCache::new(
+                Arc::clone(&storage),
+                geometry.cluster_size(),
+                budget,
+                l2_wanted,
+            ),
             has_backing: backing.is_some() || header.backing_file.is_some(),
             compression_type: header.compression_type,
             health: Health::new(&header, access),
@@ -152,8 +174,8 @@ impl Qcow2 {
         })
     }
 
-    /// Bounds the memory for L2 tables, and that for refcount blocks, to about `bytes` each. What is dirty beyond it
-    /// is written back before it goes.
+    /// Bounds the memory for L2 tables and refcount blocks, of all images with the same budget, to about `bytes`. What
+    /// is dirty beyond it is written back before it goes.
     pub fn set_metadata_cache(&self, bytes: u64) {
         self.l2.set_limit(bytes);
         self.allocator.blocks.set_limit(bytes);
@@ -197,6 +219,7 @@ async fn open_allocator(
     access: Access,
     header: &Header,
     l1: &L1Table,
+    budget: &Arc<CacheBudget>,
 ) -> Result<Allocator> {
     let geometry = Geometry::new(header);
     let snapshots = match access {
@@ -225,6 +248,16 @@ async fn open_allocator(
         fixed,
         l2_tables: l1.tables().chain(snapshots.l2_tables).collect(),
     };
-    let blocks = TableCache::new(Arc::clone(storage), cluster_size, MAX_REFCOUNT_CACHE);
+    // As many as describe the file that the disk grows to.
+    let clusters = header.size.div_ceil(cluster_size);
+    let wanted = clusters
+        .div_ceil(geometry.block_entries())
+        .saturating_mul(cluster_size);
+    let blocks = TableCache::new(
+        Arc::clone(storage),
+        cluster_size,
+        budget,
+        wanted.min(MAX_REFCOUNT_CACHE),
+    );
     Ok(Allocator::new(geometry, blocks, layout))
 }

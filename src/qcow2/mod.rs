@@ -18,6 +18,7 @@ mod allocation;
 mod allocator;
 pub mod backing_update;
 pub mod bitmap;
+pub mod cache_budget;
 pub mod check;
 mod cluster_ranges;
 pub mod commitment;

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::cache_budget::{CacheBudget, CacheSize};
 use super::entry::decode_refcount_table_entry;
 use super::flush::write_all;
 use super::geometry::{Geometry, to_usize};
@@ -91,7 +92,12 @@ impl NewRefcounts {
         }
         Ok(Self {
             geometry,
-            blocks: TableCache::new(Arc::clone(&storage), geometry.cluster_size(), CACHE),
+            blocks: TableCache::new(
+                Arc::clone(&storage),
+                geometry.cluster_size(),
+                &CacheBudget::new(CacheSize::Covering),
+                CACHE,
+            ),
             storage,
             in_force,
             table_in_force: (

@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::address_hash::AddressHasher;
+use super::cache_budget::CacheBudget;
 use super::geometry::to_usize;
 use crate::error::Result;
 use crate::storage::RangeLock;
@@ -100,49 +101,68 @@ pub(super) struct Captured {
 
 type Shard = RwLock<HashMap<u64, Arc<Slice>, BuildHasherDefault<AddressHasher>>>;
 
-/// A bounded, write-back cache of one kind of table.
-pub(super) struct TableCache {
-    storage: Arc<dyn Storage>,
+/// The slices of one kind of table of one image.
+#[derive(Debug)]
+pub(super) struct Slices {
     slice_size: u64,
     shards: Vec<Shard>,
-    loading: RangeLock,
-    dirty: Mutex<Vec<Arc<Slice>>>,
-    slices: AtomicUsize,
-    limit: AtomicUsize,
+    count: AtomicUsize,
     next_victim_shard: AtomicUsize,
 }
 
+/// A write-back cache of one kind of table, bounded by a budget that it may share with others.
+pub(super) struct TableCache {
+    storage: Arc<dyn Storage>,
+    slices: Arc<Slices>,
+    loading: RangeLock,
+    dirty: Mutex<Vec<Arc<Slice>>>,
+    budget: Arc<CacheBudget>,
+    /// What it has asked the budget for, in bytes.
+    wanted: u64,
+}
+
 impl TableCache {
-    /// An empty cache of tables of `table_size` bytes, for about `limit` bytes of them.
-    pub(super) fn new(storage: Arc<dyn Storage>, table_size: u64, limit: u64) -> Self {
+    /// An empty cache of tables of `table_size` bytes, for which `budget` has room for about `wanted` bytes more.
+    pub(super) fn new(
+        storage: Arc<dyn Storage>,
+        table_size: u64,
+        budget: &Arc<CacheBudget>,
+        wanted: u64,
+    ) -> Self {
         let slice_size = table_size.min(MAX_SLICE);
-        Self {
-            storage,
+        let slices = Arc::new(Slices {
             slice_size,
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
+            count: AtomicUsize::new(0),
+            next_victim_shard: AtomicUsize::new(0),
+        });
+        let wanted = wanted.max(2 * SHARDS as u64 * slice_size);
+        budget.join(&slices, wanted);
+        Self {
+            storage,
+            slices,
             loading: RangeLock::default(),
             dirty: Mutex::default(),
-            slices: AtomicUsize::new(0),
-            limit: AtomicUsize::new(to_usize(limit / slice_size).max(2 * SHARDS)),
-            next_victim_shard: AtomicUsize::new(0),
+            budget: Arc::clone(budget),
+            wanted,
         }
     }
 
-    /// Bounds the cache to about `bytes`, and to no less than two slices, from the next load on.
+    /// Bounds the cache, and those that share its budget, to about `bytes`, and to no less than two slices, from the
+    /// next load on.
     pub(super) fn set_limit(&self, bytes: u64) {
-        let slices = to_usize(bytes / self.slice_size).max(2);
-        self.limit.store(slices, Ordering::Relaxed);
+        self.budget.set_limit(bytes.max(2 * self.slice_size()));
     }
 
     /// Bytes of a slice.
     pub(super) fn slice_size(&self) -> u64 {
-        self.slice_size
+        self.slices.slice_size
     }
 
     /// Where the slice that holds the table byte at `at` begins. (Tables are aligned to their size, slices divide
     /// it.)
     pub(super) fn slice_start(&self, at: HostOffset) -> HostOffset {
-        HostOffset(at.0 - at.0 % self.slice_size)
+        HostOffset(at.0 - at.0 % self.slice_size())
     }
 
     /// Looks at the slice that begins at `at`, if it is in memory; no I/O, no allocation.
@@ -191,7 +211,7 @@ impl TableCache {
         if let Some(slice) = self.cached(at) {
             return Ok(slice);
         }
-        let buf = IoBuf::zeroed(to_usize(self.slice_size));
+        let buf = IoBuf::zeroed(to_usize(self.slice_size()));
         self.storage.readv(at, buf.clone()).await?;
         let bytes = buf.to_vec().into_boxed_slice();
         vet(&bytes);
@@ -204,7 +224,7 @@ impl TableCache {
     /// Puts a new table, with `bytes` as its contents, at `at`: dirty and fresh.
     pub(super) fn insert_fresh(&self, at: HostOffset, bytes: &[u8]) {
         let mut start = at;
-        for part in bytes.chunks(to_usize(self.slice_size)) {
+        for part in bytes.chunks(to_usize(self.slice_size())) {
             let slice = Arc::new(Slice::new(start, part.into()));
             {
                 let mut state = slice.write_state();
@@ -212,7 +232,7 @@ impl TableCache {
                 state.fresh = true;
             }
             self.insert(Arc::clone(&slice));
-            self.lock_dirty().push(slice);
+            self.push_dirty(slice);
             start = HostOffset(start.0 + part.len() as u64);
         }
         self.evict();
@@ -247,7 +267,7 @@ impl TableCache {
     fn make_dirty(&self, slice: &Arc<Slice>, state: &mut SliceState, range: Range<usize>) {
         if state.dirty.is_empty() {
             state.dirty = range;
-            self.lock_dirty().push(Arc::clone(slice));
+            self.push_dirty(Arc::clone(slice));
         } else {
             state.dirty = state.dirty.start.min(range.start)..state.dirty.end.max(range.end);
         }
@@ -256,6 +276,7 @@ impl TableCache {
     /// Copies everything dirty, which is clean from then on unless [`TableCache::restore`] says otherwise.
     pub(super) fn capture(&self) -> Vec<Captured> {
         let dirty = std::mem::take(&mut *self.lock_dirty());
+        self.budget.cleaned(self.bytes_of(dirty.len()));
         dirty
             .into_iter()
             .map(|slice| {
@@ -310,13 +331,24 @@ impl TableCache {
 
     /// Whether so much is dirty that eviction finds too little: time to write back.
     pub(super) fn needs_write_back(&self) -> bool {
-        self.lock_dirty().len() > self.limit.load(Ordering::Relaxed) / 2
+        let dirty = self.lock_dirty().len();
+        dirty > 0 && self.budget.needs_write_back(self.bytes_of(dirty))
+    }
+
+    fn push_dirty(&self, slice: Arc<Slice>) {
+        // Before anyone can find it there and count it off again.
+        self.budget.made_dirty(self.slice_size());
+        self.lock_dirty().push(slice);
+    }
+
+    fn bytes_of(&self, slices: usize) -> u64 {
+        slices as u64 * self.slice_size()
     }
 
     /// Forgets a table that is one no longer, and whatever was to be written of it. Its slices are in no one's
     /// hands.
     pub(super) fn forget(&self, table: HostOffset, table_size: u64) {
-        for at in (table.0..table.0 + table_size).step_by(to_usize(self.slice_size)) {
+        for at in (table.0..table.0 + table_size).step_by(to_usize(self.slice_size())) {
             let mut shard = self
                 .shard(HostOffset(at))
                 .write()
@@ -324,10 +356,13 @@ impl TableCache {
             let Some(slice) = shard.remove(&at) else {
                 continue;
             };
-            self.slices.fetch_sub(1, Ordering::Relaxed);
+            self.slices.count.fetch_sub(1, Ordering::Relaxed);
+            self.budget.gave_back(self.slice_size());
             slice.write_state().dirty = 0..0;
-            self.lock_dirty()
-                .retain(|dirty| !Arc::ptr_eq(dirty, &slice));
+            let mut dirty = self.lock_dirty();
+            let before = dirty.len();
+            dirty.retain(|dirty| !Arc::ptr_eq(dirty, &slice));
+            self.budget.cleaned(self.bytes_of(before - dirty.len()));
         }
     }
 
@@ -337,27 +372,65 @@ impl TableCache {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         if shard.insert(slice.at.0, slice).is_none() {
-            self.slices.fetch_add(1, Ordering::Relaxed);
+            self.slices.count.fetch_add(1, Ordering::Relaxed);
+            self.budget.took(self.slice_size());
         }
     }
 
-    /// Brings the number of slices down to the limit as far as invariant 1 lets it: a clock that gives those used
-    /// since its last turn another chance.
+    /// Brings the memory that is used down to the limit as far as invariant 1 lets it.
     fn evict(&self) {
-        for _ in 0..2 * SHARDS {
-            if self.slices.load(Ordering::Relaxed) <= self.limit.load(Ordering::Relaxed) {
-                return;
-            }
-            let turn = self.next_victim_shard.fetch_add(1, Ordering::Relaxed);
-            let Some(shard) = self.shards.get(turn % SHARDS) else {
-                return;
-            };
+        self.budget.evict(2 * SHARDS);
+    }
+
+    fn shard(&self, at: HostOffset) -> &Shard {
+        self.slices.shard(at)
+    }
+
+    fn lock_dirty(&self) -> MutexGuard<'_, Vec<Arc<Slice>>> {
+        self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for TableCache {
+    fn drop(&mut self) {
+        let dirty = self.lock_dirty().len();
+        // Whoever is about to evict finds no slice left, so that none is counted twice.
+        let used = self.slices.clear();
+        self.budget
+            .leave(self.wanted, self.bytes_of(used), self.bytes_of(dirty));
+    }
+}
+
+impl Slices {
+    pub(super) fn is_empty(&self) -> bool {
+        self.count.load(Ordering::Relaxed) == 0
+    }
+
+    /// Takes the slices of the next shard away that were not used since its last turn, as far as invariant 1 of this
+    /// module lets it; the bytes that this frees. A clock: those in use get another chance.
+    pub(super) fn evict_in_one_shard(&self) -> u64 {
+        let turn = self.next_victim_shard.fetch_add(1, Ordering::Relaxed);
+        let Some(shard) = self.shards.get(turn % SHARDS) else {
+            return 0;
+        };
+        let mut shard = shard.write().unwrap_or_else(PoisonError::into_inner);
+        let before = shard.len();
+        shard.retain(|_, slice| !slice.is_evictable());
+        let evicted = before - shard.len();
+        self.count.fetch_sub(evicted, Ordering::Relaxed);
+        evicted as u64 * self.slice_size
+    }
+
+    /// Takes all slices away; how many they were.
+    fn clear(&self) -> usize {
+        let mut cleared = 0;
+        for shard in &self.shards {
             let mut shard = shard.write().unwrap_or_else(PoisonError::into_inner);
-            let before = shard.len();
-            shard.retain(|_, slice| !slice.is_evictable());
-            self.slices
-                .fetch_sub(before - shard.len(), Ordering::Relaxed);
+            cleared += shard.len();
+            self.count.fetch_sub(shard.len(), Ordering::Relaxed);
+            shard.clear();
         }
+        cleared
     }
 
     fn shard(&self, at: HostOffset) -> &Shard {
@@ -366,10 +439,6 @@ impl TableCache {
         let mixed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
         let index = to_usize(mixed) % SHARDS;
         self.shards.get(index).expect("the index is below SHARDS")
-    }
-
-    fn lock_dirty(&self) -> MutexGuard<'_, Vec<Arc<Slice>>> {
-        self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -394,6 +463,7 @@ impl Slice {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qcow2::cache_budget::CacheSize;
     use crate::storage::MemoryStorage;
     use crate::sys::block_on;
 
@@ -402,7 +472,13 @@ mod tests {
             .map(|i| (i / 512).to_be_bytes()[3])
             .collect();
         let storage = Arc::new(MemoryStorage::new(bytes));
-        let cache = TableCache::new(Arc::clone(&storage) as Arc<dyn Storage>, 512, limit);
+        let budget = CacheBudget::new(CacheSize::Covering);
+        let cache = TableCache::new(
+            Arc::clone(&storage) as Arc<dyn Storage>,
+            512,
+            &budget,
+            limit,
+        );
         (storage, cache)
     }
 
@@ -455,7 +531,7 @@ mod tests {
         for number in 3..1000 {
             block_on(cache.get(HostOffset(512 * number))).unwrap();
         }
-        assert!(cache.slices.load(Ordering::Relaxed) < 4 * SHARDS);
+        assert!(cache.slices.count.load(Ordering::Relaxed) < 4 * SHARDS);
         for at in [dirty, held.at, writing] {
             assert!(cache.cached(at).is_some(), "{at:#x}");
         }
@@ -470,5 +546,61 @@ mod tests {
         let captured = cache.capture();
         cache.restore(&captured);
         assert_eq!(cache.capture()[0].buf.to_vec()[8], 1);
+    }
+
+    fn sharing(budget: &Arc<CacheBudget>) -> TableCache {
+        let storage = Arc::new(MemoryStorage::new(vec![0; 1 << 20]));
+        TableCache::new(storage, 512, budget, 0)
+    }
+
+    #[test]
+    fn what_an_idle_image_holds_makes_room_for_a_busy_one() {
+        let budget = CacheBudget::new(CacheSize::Bytes(200 * 512));
+        let (idle, busy) = (sharing(&budget), sharing(&budget));
+        for number in 0..200 {
+            block_on(idle.get(HostOffset(512 * number))).unwrap();
+        }
+        for number in 0..1000 {
+            block_on(busy.get(HostOffset(512 * number))).unwrap();
+        }
+        assert!(idle.slices.count.load(Ordering::Relaxed) < 100);
+        assert!(budget.used() <= 300 * 512, "{} bytes", budget.used());
+        drop(busy);
+        let left = idle.slices.count.load(Ordering::Relaxed) as u64 * 512;
+        assert_eq!(budget.used(), left);
+        drop(idle);
+        assert_eq!(budget.used(), 0);
+    }
+
+    #[test]
+    fn an_image_writes_back_when_half_of_the_memory_is_dirty_and_it_has_its_share_of_that() {
+        let budget = CacheBudget::new(CacheSize::Bytes(100 * 512));
+        let (one, other) = (sharing(&budget), sharing(&budget));
+        let dirty = |cache: &TableCache, count: u64| {
+            for number in 0..count {
+                let slice = block_on(cache.get(HostOffset(512 * number))).unwrap();
+                cache.update(&slice, 0..8, |_| ());
+            }
+        };
+        dirty(&one, 45);
+        dirty(&other, 5);
+        assert!(!one.needs_write_back() && !other.needs_write_back());
+        dirty(&other, 6);
+        assert!(one.needs_write_back() && !other.needs_write_back());
+        one.written(&one.capture());
+        assert!(!one.needs_write_back());
+    }
+
+    #[test]
+    fn by_default_the_memory_covers_all_images_up_to_a_bound() {
+        let budget = CacheBudget::new(CacheSize::Covering);
+        let storage = || Arc::new(MemoryStorage::new(Vec::new()));
+        let small = TableCache::new(storage(), 65536, &budget, 5 << 20);
+        assert_eq!(budget.limit(), 5 << 20);
+        let large = TableCache::new(storage(), 65536, &budget, 1 << 30);
+        assert_eq!(budget.limit(), 256 << 20);
+        drop(large);
+        assert_eq!(budget.limit(), 5 << 20);
+        drop(small);
     }
 }
