@@ -5,7 +5,7 @@ use std::process::Command;
 
 const VERBS: &[&str] = &[
     "serve", "prepare", "create", "flatten", "info", "map", "convert", "snapshot", "resize",
-    "check", "measure", "compare", "rebase", "dump",
+    "check", "measure", "compare", "rebase", "dump", "commit", "bench",
 ];
 
 fn help(verb: &str) -> String {

@@ -82,6 +82,10 @@ verbs! {
     Map in map;
     /// Give an overlay another backing image
     Rebase in rebase;
+    /// Tell how fast a disk can be read or written
+    Bench in bench;
+    /// Write what an overlay holds into its backing image
+    Commit in commit;
     /// Tell whether two disks have the same contents
     Compare in compare;
     /// Copy a disk into an image of another kind

@@ -3,6 +3,8 @@
 //!
 //! A job takes open images and a [`crate::progress::Progress`]; it prints nothing and knows no arguments.
 
+pub mod bench;
+pub mod commit;
 pub mod compare;
 pub mod convert;
 pub mod copy;

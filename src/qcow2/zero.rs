@@ -25,6 +25,9 @@ use crate::units::{GuestCluster, GuestOffset};
 /// Zeros are written in pieces of at most this many bytes.
 const MAX_ZERO_WRITE: u64 = 1 << 20;
 
+/// What is forgotten between two looks at how much metadata is dirty, in bytes.
+const FORGET_CHUNK: u64 = 1 << 30;
+
 /// Why a range is cleared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Clearing {
@@ -32,6 +35,8 @@ enum Clearing {
     Zero(ZeroMode),
     /// It is no longer needed.
     Discard,
+    /// The backing image has it, too.
+    Forget,
 }
 
 /// What clearing does to an entry.
@@ -85,6 +90,23 @@ impl Qcow2 {
         .await
     }
 
+    /// Gives back all that the disk holds itself, so that it reads as its backing image does everywhere, or as zeros
+    /// if there is none. What internal snapshots hold stays.
+    ///
+    /// # Errors
+    /// As [`Image::write`](crate::image::Image::write).
+    pub async fn forget_all(&self) -> Result<()> {
+        let mut at = 0;
+        while at < self.virtual_size {
+            let end = at.saturating_add(FORGET_CHUNK).min(self.virtual_size);
+            self.begin_change(GuestOffset(at), end - at).await?;
+            let range = self.whole_subclusters(&(at..end));
+            self.clear(range, Clearing::Forget).await?;
+            at = end;
+        }
+        Ok(())
+    }
+
     /// Whether unallocated clusters read as zeros and room may go.
     fn can_unallocate(&self, mode: ZeroMode) -> bool {
         !self.has_backing && mode == ZeroMode::MayUnmap
@@ -128,7 +150,8 @@ impl Qcow2 {
         while at < range.end {
             let start = GuestOffset(at);
             let place = self.place(start);
-            let nothing_to_do = !self.has_backing || clearing == Clearing::Discard;
+            let may_show = matches!(clearing, Clearing::Discard | Clearing::Forget);
+            let nothing_to_do = !self.has_backing || may_show;
             let len = match self.judge(place).await? {
                 // Nothing to hide and nothing to free; a discard may leave the backing image visible.
                 Place::NoTable(reach) if nothing_to_do => reach.min(range.end - at),
@@ -212,6 +235,7 @@ impl Qcow2 {
             L2Entry::Compressed(_) => return Cleared::NeedsWrite,
         };
         let reads_zero = match clearing {
+            Clearing::Forget => 0,
             _ if !self.geometry.has_zero_flag() => 0,
             _ if self.has_backing => mask,
             // Without a backing image, what is not allocated reads as zeros anyway.

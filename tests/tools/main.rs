@@ -4,6 +4,8 @@
 mod engine;
 
 mod bed;
+mod bench;
+mod commit;
 mod compare;
 mod convert;
 mod map;
