@@ -690,3 +690,25 @@ fn a_version_2_snapshot_of_another_size_is_refused() {
     assert_eq!(refusal.kind(), ErrorKind::Unsupported, "{refusal}");
     assert!(storage.contents() == bytes);
 }
+
+#[test]
+fn a_snapshot_of_uncounted_data_is_refused() {
+    let chain = Chain::create(&CUT_SHAPES[0], &mut rng(1));
+    let image = open(top(&chain), &chain);
+    block_on(image.write(GuestOffset(0), IoBuf::from_bytes(&[1; 512]))).unwrap();
+    block_on(image.flush()).unwrap();
+    drop(image);
+    let mut bytes = chain.top().contents();
+    let data = pointer(&bytes, pointer(&bytes, pointer(&bytes, 40)));
+    let refcount = pointer(&bytes, pointer(&bytes, 48)) + data / 512 * 2;
+    bytes[usize::try_from(refcount).unwrap() + 1] = 0;
+    let storage = Arc::new(MemoryStorage::new(bytes.clone()));
+    let image = open(Arc::clone(&storage) as Arc<dyn Storage>, &chain);
+    let refusal = block_on(image.create_snapshot(OsStr::new("one"), a_moment()));
+    let refusal = refusal.err().unwrap().to_string();
+    assert!(
+        refusal.contains("is in use and has refcount 0: repair"),
+        "{refusal}"
+    );
+    assert!(storage.contents() == bytes);
+}

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fmt;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -223,31 +224,55 @@ impl Drop for NewFile<'_> {
 
 /// Makes `storage` a disk of zeros.
 async fn write_raw(storage: &dyn Storage, size: u64, preallocation: Preallocation) -> Result<()> {
-    let size = size.next_multiple_of(SECTOR_SIZE);
     storage.set_len(0).await?;
-    storage.set_len(size).await?;
-    match preallocation {
-        Preallocation::Off => {}
-        Preallocation::Metadata => {
-            return Err(Error::new(
-                ErrorKind::InvalidConfig,
-                "preallocation=metadata: a raw image has no metadata, use falloc or full",
-            ));
-        }
-        Preallocation::Falloc => {
-            let keep = ZeroMode::KeepAllocated;
-            storage.write_zeroes(HostOffset(0), size, keep).await?;
-        }
-        Preallocation::Full => write_zeros(storage, size).await?,
-    }
-    storage.flush().await
+    resize_raw(storage, size.next_multiple_of(SECTOR_SIZE), preallocation).await
 }
 
-async fn write_zeros(storage: &dyn Storage, size: u64) -> Result<()> {
+/// Makes the raw disk in `storage` `size` bytes long; what is new reads as zeros.
+///
+/// # Errors
+/// [`ErrorKind::InvalidConfig`] for metadata, which a raw image has none of; the storage's. The disk is as long as it
+/// was then.
+pub async fn resize_raw(
+    storage: &dyn Storage,
+    size: u64,
+    preallocation: Preallocation,
+) -> Result<()> {
+    if preallocation == Preallocation::Metadata {
+        return Err(Error::new(
+            ErrorKind::InvalidConfig,
+            "preallocation=metadata: a raw image has no metadata, use falloc or full",
+        ));
+    }
+    let old_size = storage.len();
+    let grown = async {
+        storage.set_len(size).await?;
+        match preallocation {
+            _ if size <= old_size => {}
+            Preallocation::Off | Preallocation::Metadata => {}
+            Preallocation::Falloc => {
+                let (at, len) = (HostOffset(old_size), size - old_size);
+                let keep = ZeroMode::KeepAllocated;
+                storage.write_zeroes(at, len, keep).await?;
+            }
+            Preallocation::Full => write_zeros(storage, old_size..size).await?,
+        }
+        storage.flush().await
+    };
+    let grown = grown.await;
+    if grown.is_err() {
+        // The failure that led here is the one to tell.
+        let _ = storage.set_len(old_size).await;
+    }
+    grown
+}
+
+async fn write_zeros(storage: &dyn Storage, range: Range<u64>) -> Result<()> {
     const PIECE: usize = 1 << 20;
     let zeros = IoBuf::zeroed(PIECE);
-    for at in (0..size).step_by(PIECE) {
-        let len = usize::try_from(size - at).map_or(PIECE, |left| left.min(PIECE));
+    let end = range.end;
+    for at in range.step_by(PIECE) {
+        let len = usize::try_from(end - at).map_or(PIECE, |left| left.min(PIECE));
         storage.writev(HostOffset(at), zeros.slice(0..len)).await?;
     }
     Ok(())

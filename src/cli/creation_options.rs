@@ -11,13 +11,6 @@ use crate::qcow2::data_file::Layout;
 use crate::qcow2::header::{CompressionType, Version};
 use crate::qcow2::preallocate::Preallocation;
 
-const PREALLOCATIONS: [Preallocation; 4] = [
-    Preallocation::Off,
-    Preallocation::Metadata,
-    Preallocation::Falloc,
-    Preallocation::Full,
-];
-
 /// What `-o` says.
 pub(super) struct CreationOptions {
     /// The virtual size, if it is given there.
@@ -115,10 +108,7 @@ impl CreationOptions {
                 return Ok(());
             }
             "preallocation" => {
-                self.preallocation = PREALLOCATIONS
-                    .into_iter()
-                    .find(|known| known.name() == value)
-                    .ok_or_else(wrong)?;
+                self.preallocation = Preallocation::named(value).ok_or_else(wrong)?;
                 return Ok(());
             }
             "data_file" => {

@@ -4,12 +4,14 @@ use std::path::PathBuf;
 
 use super::options::{parse_format, parse_size};
 use super::output;
+use crate::chain::create::resize_raw;
 use crate::chain::format::Format;
 use crate::chain::host::{HostOptions, open_file};
 use crate::chain::inspect::{Unnamed, detect};
 use crate::chain::single::open_with_backing;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::{Access, Image};
+use crate::qcow2::preallocate::Preallocation;
 use crate::storage::{FileStorage, Storage};
 use crate::sys::block_on;
 
@@ -23,6 +25,10 @@ pub struct Resize {
     /// Make the disk shorter, and lose what lies behind its new end
     #[arg(long)]
     shrink: bool,
+
+    /// What of a longer disk is ready before it is written to: off, metadata, falloc or full
+    #[arg(long, value_name = "MODE", value_parser = parse_preallocation, default_value = "off")]
+    preallocation: Preallocation,
 
     /// Print nothing
     #[arg(short = 'q')]
@@ -43,6 +49,11 @@ enum NewSize {
     Bytes(u64),
     More(u64),
     Less(u64),
+}
+
+fn parse_preallocation(name: &str) -> Result<Preallocation, String> {
+    Preallocation::named(name)
+        .ok_or_else(|| format!("'{name}' is none of off, metadata, falloc and full"))
 }
 
 fn parse_new_size(text: &str) -> Result<NewSize, String> {
@@ -100,15 +111,15 @@ impl Resize {
                 drop(storage);
                 let image = open_with_backing(&self.file, Access::ReadWrite, options).await?;
                 let size = self.new_size(image.virtual_size())?;
-                image.resize(size).await.map(drop)
+                let resized = image.resize_preallocated(size, self.preallocation);
+                resized.await.map(drop)
             }
         }
     }
 
     async fn resize_raw(&self, storage: &FileStorage) -> Result<()> {
         let size = self.new_size(storage.len())?;
-        storage.set_len(size).await?;
-        storage.flush().await
+        resize_raw(storage, size, self.preallocation).await
     }
 
     /// # Errors
@@ -122,6 +133,12 @@ impl Resize {
                     "the disk has {now} bytes, and everything behind the first {size} would be lost: if nothing of it \
                      is needed, use --shrink"
                 ),
+            ));
+        }
+        if size <= now && self.preallocation != Preallocation::Off {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("the disk has {now} bytes, and only one that becomes longer can be preallocated"),
             ));
         }
         Ok(size)

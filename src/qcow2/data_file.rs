@@ -74,6 +74,13 @@ impl DataFile {
     }
 }
 
+impl DataFile {
+    /// The file, to open the image anew with it.
+    pub(super) fn into_storage(self) -> Arc<dyn Storage> {
+        self.storage
+    }
+}
+
 impl Header {
     /// Whether that file reads as the raw disk.
     #[must_use]

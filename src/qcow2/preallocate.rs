@@ -42,6 +42,14 @@ pub enum Preallocation {
 }
 
 impl Preallocation {
+    /// The one that options call `name`.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::Off, Self::Metadata, Self::Falloc, Self::Full]
+            .into_iter()
+            .find(|known| known.name() == name)
+    }
+
     /// The name that options use.
     #[must_use]
     pub fn name(self) -> &'static str {

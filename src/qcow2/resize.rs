@@ -8,14 +8,17 @@
 //!    the size: the disk has its old length, or the new one with zeros behind the old.
 //! 3. New bytes read as zeros, whatever lay there: the rest of the last cluster, a VM's state, or a backing image that
 //!    is longer than the disk was.
-//! 4. Persistent bitmaps are as large as the disk was: before anything else, all are marked as ones that nobody may
+//! 4. An external data file is as long as the disk, or longer where a crash has come between.
+//! 5. Persistent bitmaps are as large as the disk was: before anything else, all are marked as ones that nobody may
 //!    trust.
 
 use super::bitmap::Change;
+use super::data_file::Layout;
 use super::engine::Qcow2;
-use super::features::{AutoclearFeatures, IncompatibleFeatures};
+use super::features::AutoclearFeatures;
 use super::header::{Header, Version};
 use super::mapping::ReadMapping;
+use super::preallocate::Preallocation;
 use super::revision::Revision;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::ZeroMode;
@@ -28,6 +31,18 @@ impl Qcow2 {
     /// [`ErrorKind::Unsupported`] if the image cannot change its size, or not to this one, or it is no multiple of 512; [`ErrorKind::Corrupt`] for broken metadata,
     /// [`ErrorKind::NoSpace`], and the storage's. The disk then has its old length.
     pub async fn resize(self, size: u64) -> Result<Self> {
+        self.resize_preallocated(size, Preallocation::Off).await
+    }
+
+    /// As [`Qcow2::resize`]; of a disk that becomes longer, what is new has a place as `preallocation` says.
+    ///
+    /// # Errors
+    /// As [`Qcow2::resize`]; [`ErrorKind::InvalidConfig`] where preallocation would hide the backing image.
+    pub async fn resize_preallocated(
+        self,
+        size: u64,
+        preallocation: Preallocation,
+    ) -> Result<Self> {
         if !size.is_multiple_of(SECTOR_SIZE) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
@@ -37,16 +52,20 @@ impl Qcow2 {
         require_resizable(&*self.header.lock().await)?;
         self.disown_bitmaps_of_old_size().await?;
         if size < self.virtual_size {
-            self.revise(async |revision| shrink(revision, size).await)
-                .await
+            let image = self
+                .revise(async |revision| shrink(revision, size).await)
+                .await?;
+            image.set_data_file_len(size).await?;
+            Ok(image)
         } else {
-            self.grow(size).await
+            self.grow(size, preallocation).await
         }
     }
 
-    /// Invariant 4.
+    /// Invariant 5.
     async fn disown_bitmaps_of_old_size(&self) -> Result<()> {
-        let kept = self.disown_bitmaps(Change::Size).await?;
+        let bitmaps = self.disown_bitmaps(Change::Size).await?;
+        let kept = bitmaps.with(self.kept_by_data_file());
         self.update_header(|header| {
             header.autoclear_features = AutoclearFeatures(header.autoclear_features.0 & kept.0);
         })
@@ -55,7 +74,7 @@ impl Qcow2 {
     }
 
     /// Invariant 2.
-    async fn grow(self, size: u64) -> Result<Self> {
+    async fn grow(self, size: u64, preallocation: Preallocation) -> Result<Self> {
         let old_size = self.virtual_size;
         let mut image = self
             .revise(async |revision| grow_l1(revision, size).await)
@@ -63,17 +82,31 @@ impl Qcow2 {
         // In memory alone so far: the header still has the old size.
         image.virtual_size = size;
         image.begin_writing().await?;
+        // What may lie behind the disk goes first.
+        image.set_data_file_len(old_size).await?;
+        image.set_data_file_len(size).await?;
         image.hide_old_bytes(old_size).await?;
+        let preallocation = match (preallocation, image.data_layout()) {
+            // Others write to a raw data file: what they write has to be read.
+            (Preallocation::Off, Some(Layout::Raw)) => Preallocation::Metadata,
+            (asked, _) => asked,
+        };
+        image
+            .preallocate(GuestOffset(old_size), size - old_size, preallocation)
+            .await?;
         image.flush_all().await?;
         image.update_header(|header| header.size = size).await?;
         image.storage.flush().await?;
-        let Self {
-            storage,
-            backing,
-            access,
-            ..
-        } = image;
-        Self::open(storage, backing, access).await
+        image.reopened().await
+    }
+
+    /// Makes the external data file `size` bytes long, if there is one (invariant 4).
+    async fn set_data_file_len(&self, size: u64) -> Result<()> {
+        if self.geometry.has_data_file() {
+            self.data().set_len(size).await?;
+            self.flush_data_file().await?;
+        }
+        Ok(())
     }
 
     /// Makes everything from `old_size` to the end of the disk read as zeros (invariant 3); behind the last cluster
@@ -134,13 +167,6 @@ fn require_resizable(header: &Header) -> Result<()> {
             ErrorKind::Unsupported,
             "a version 2 image with snapshots cannot change its size: delete them first, with \
              `seethrough snapshot -d NAME IMAGE`",
-        ));
-    }
-    let external = IncompatibleFeatures::EXTERNAL_DATA_FILE;
-    if header.incompatible_features.contains(external) {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            "an image with an external data file cannot change its size: make a copy without one",
         ));
     }
     Ok(())

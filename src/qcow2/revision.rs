@@ -19,9 +19,12 @@
 //!    before the image is opened anew.
 //! 5. Nobody else has the image open: who takes a [`Qcow2`] by value has its only user.
 
+use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::cow::references;
+use super::data_file::DataFile;
 use super::engine::Qcow2;
 use super::entry::{Cluster, Defect, L1Entry, L2Entry};
 use super::geometry::{Geometry, to_usize};
@@ -70,13 +73,7 @@ impl Qcow2 {
         work: impl AsyncFnOnce(&mut Revision) -> Result<Header>,
     ) -> Result<Self> {
         self.flush_all().await?;
-        let Self {
-            storage,
-            backing,
-            access,
-            ..
-        } = self;
-        let mut revision = Revision::begin(Arc::clone(&storage)).await?;
+        let mut revision = Revision::begin(Arc::clone(&self.storage)).await?;
         let prepared = async {
             let mut header = work(&mut revision).await?;
             revision.prepare(&mut header).await?;
@@ -90,7 +87,23 @@ impl Qcow2 {
                 return Err(error);
             }
         }
-        Self::open(storage, backing, access).await
+        self.reopened().await
+    }
+
+    /// The image opened anew, as its header is now.
+    ///
+    /// # Errors
+    /// As [`Qcow2::open_with_data`].
+    pub(super) async fn reopened(self) -> Result<Self> {
+        let Self {
+            storage,
+            data_file,
+            backing,
+            access,
+            ..
+        } = self;
+        let data = data_file.map(DataFile::into_storage);
+        Self::open_with_data(storage, data, backing, access).await
     }
 }
 
@@ -119,7 +132,7 @@ impl Revision {
         Ok(revision)
     }
 
-    /// Checks that refcounts protect the metadata in force.
+    /// Checks that refcounts protect all that is in force: a cluster that is not counted would be taken for a free one.
     async fn check_counted(&self) -> Result<()> {
         self.refcounts.check_own_clusters().await?;
         let storage = self.storage.as_ref();
@@ -135,9 +148,26 @@ impl Revision {
         // What breaks a rule is told by whoever works on it.
         let words = self.active_l1().await?.into_iter();
         let tables = words.filter_map(|word| self.l1_entry(word).ok()?.table);
+        let mut seen = HashSet::new();
         for table in tables.chain(snapshots.l2_tables) {
-            let cluster = self.geometry.host_cluster(table).0;
-            self.refcounts.check_counted(cluster..cluster + 1).await?;
+            if seen.insert(table) {
+                self.check_counted_below(table).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that refcounts protect an L2 table and what its entries lead to.
+    async fn check_counted_below(&self, table_at: HostOffset) -> Result<()> {
+        let mut clusters = vec![self.geometry.host_cluster(table_at)];
+        let table = self.read_table(table_at).await?;
+        for index in 0..table.len() {
+            if let Ok(entry) = table.entry(index) {
+                clusters.extend(references(&self.geometry, &entry));
+            }
+        }
+        for run in runs(&clusters) {
+            self.refcounts.check_counted(run).await?;
         }
         Ok(())
     }
@@ -214,9 +244,7 @@ impl Revision {
 
     /// Counts each of these once more or once less, contiguous ones together.
     async fn count_clusters(&mut self, clusters: &[HostCluster], counting: Counting) -> Result<()> {
-        for run in clusters.chunk_by(|one, next| one.checked_add(1) == Some(*next)) {
-            let Some(first) = run.first() else { continue };
-            let run = first.0..first.0 + run.len() as u64;
+        for run in runs(clusters) {
             match counting {
                 Counting::Add => self.refcounts.add(run).await?,
                 Counting::Drop => self.refcounts.remove(run).await?,
@@ -478,6 +506,15 @@ impl Revision {
             .entry(index)
             .map_err(|defect| broken(&format!("entry {index} of the L2 table at {at:#x}"), defect))
     }
+}
+
+/// The contiguous ones of clusters as ranges.
+fn runs(clusters: &[HostCluster]) -> impl Iterator<Item = Range<u64>> {
+    let runs = clusters.chunk_by(|one, next| one.checked_add(1) == Some(*next));
+    runs.filter_map(|run| {
+        let first = run.first()?.0;
+        Some(first..first + run.len() as u64)
+    })
 }
 
 fn broken(what: &str, defect: Defect) -> Error {

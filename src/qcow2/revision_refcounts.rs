@@ -124,7 +124,7 @@ impl NewRefcounts {
         Ok(())
     }
 
-    /// Checks that clusters with metadata are counted in the revision in force.
+    /// Checks that clusters are counted in the revision in force.
     ///
     /// # Errors
     /// As [`NewRefcounts::check_own_clusters`].
@@ -132,9 +132,7 @@ impl NewRefcounts {
         for window in windows(clusters) {
             let counts = self.counts_in_force(window.clone()).await?;
             if let Some((cluster, _)) = window.zip(counts).find(|(_, count)| *count == 0) {
-                return Err(corrupt(&format!(
-                    "cluster {cluster} holds metadata and has refcount 0"
-                )));
+                return Err(uncounted(cluster));
             }
         }
         Ok(())

@@ -109,3 +109,64 @@ fn bitmaps_of_the_old_size_are_trusted_by_nobody() {
         bed.check("a.qcow2");
     }
 }
+
+#[test]
+fn an_external_data_file_goes_along() {
+    let bed = Bed::new();
+    for raw in ["off", "on"] {
+        let options = format!("cluster_size=4k,data_file=data.raw,data_file_raw={raw}");
+        let create = ["create", "-q", "-f", "qcow2", "-o", &options];
+        bed.qemu_img(&[&create[..], &["a.qcow2", "1000000"]].concat());
+        bed.qemu_io("qcow2", "a.qcow2", &["write -P 1 0 300000".into()]);
+        bed.qemu_io("qcow2", "a.qcow2", &["write -P 2 900k 50k".into()]);
+        let mut expected = vec![0; 1_000_448];
+        expected[..300_000].fill(1);
+        expected[900 << 10..950 << 10].fill(2);
+        // Bytes that nobody has written through the image do not show.
+        let mut data = std::fs::read(bed.path("data.raw")).expect("readable");
+        data.resize(1_100_000, 9);
+        std::fs::write(bed.path("data.raw"), data).expect("writable");
+        for size in [2_000_384, 924_160, 1_048_576] {
+            bed.ok(&["resize", "--shrink", "a.qcow2", &size.to_string()]);
+            expected.resize(size, 0);
+            assert_eq!(length(&bed, "data.raw"), size as u64);
+            bed.qemu_img(&["check", "-q", "a.qcow2"]);
+            std::fs::write(bed.path("expected.raw"), &expected).expect("writable");
+            bed.assert_same(("qcow2", "a.qcow2"), ("raw", "expected.raw"));
+            if raw == "on" {
+                bed.assert_same(("raw", "data.raw"), ("raw", "expected.raw"));
+            }
+        }
+        let error = bed.fails(&["snapshot", "-c", "one", "a.qcow2"], 1);
+        assert!(error.contains("external data file"), "{error}");
+    }
+}
+
+#[test]
+fn what_is_new_of_a_longer_disk_is_preallocated() {
+    let bed = Bed::new();
+    for mode in ["metadata", "falloc", "full"] {
+        let preallocation = format!("--preallocation={mode}");
+        bed.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+        bed.qemu_io("qcow2", "a.qcow2", &["write -P 1 0 1M".into()]);
+        bed.ok(&["resize", &preallocation, "a.qcow2", "3M"]);
+        bed.check("a.qcow2");
+        let map = bed.qemu_img(&["map", "--output=json", "a.qcow2"]);
+        assert!(!map.contains("\"present\": false"), "{mode}: {map}");
+        let mut expected = vec![1; 1 << 20];
+        expected.resize(3 << 20, 0);
+        std::fs::write(bed.path("expected.raw"), expected).expect("writable");
+        bed.assert_same(("qcow2", "a.qcow2"), ("raw", "expected.raw"));
+        bed.fails(&["resize", "--shrink", &preallocation, "a.qcow2", "2M"], 1);
+
+        std::fs::write(bed.path("a.raw"), [1; 5000]).expect("writable");
+        if mode == "metadata" {
+            bed.fails(&["resize", "-f", "raw", &preallocation, "a.raw", "3M"], 2);
+            continue;
+        }
+        bed.ok(&["resize", "-f", "raw", &preallocation, "a.raw", "3M"]);
+        assert!(allocated(&bed, "a.raw") >= 3 << 20, "{mode}");
+        assert_eq!(length(&bed, "a.raw"), 3 << 20);
+    }
+    bed.fails(&["resize", "--preallocation=some", "a.raw", "9M"], 2);
+}
