@@ -32,7 +32,7 @@ impl Backing {
                 ErrorKind::Unsupported,
                 format!(
                     "{overlay}: names the backing file {name:?} but not its format, which is never guessed: set it \
-                     with `qemu-img rebase -u -b {name:?} -F FORMAT {overlay}`",
+                     with `seethrough rebase -u -b {name:?} -F FORMAT {overlay}`",
                     overlay = overlay.display(),
                 ),
             ));
@@ -66,7 +66,7 @@ pub fn resolve(overlay: &Path, name: &OsStr) -> Result<PathBuf> {
         ErrorKind::Unsupported,
         format!(
             "{}: the backing file {name:?} is given as '{}:', and only files of this host are supported: name a path \
-             with `qemu-img rebase -u -b PATH -F FORMAT {}`",
+             with `seethrough rebase -u -b PATH -F FORMAT {}`",
             overlay.display(),
             String::from_utf8_lossy(protocol).escape_debug(),
             overlay.display()
@@ -129,7 +129,7 @@ mod tests {
         header.backing_file = Some("base.img".into());
         let error = Backing::of(overlay, &header).unwrap_err().to_string();
         assert!(
-            error.contains("qemu-img rebase -u -b \"base.img\" -F FORMAT tom.qcow2"),
+            error.contains("seethrough rebase -u -b \"base.img\" -F FORMAT tom.qcow2"),
             "{error}"
         );
         header

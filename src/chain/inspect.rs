@@ -145,7 +145,7 @@ pub(super) fn check_depth(path: &Path, depth: usize) -> Result<()> {
         ErrorKind::Corrupt,
         format!(
             "{}: the backing chain above it has {MAX_CHAIN_DEPTH} images: it contains itself, or has to be shortened \
-             with `qemu-img rebase`",
+             with `seethrough rebase`",
             path.display()
         ),
     ))

@@ -335,7 +335,7 @@ fn contains_itself(path: &Path) -> Error {
     Error::new(
         ErrorKind::Corrupt,
         format!(
-            "{}: the backing chain contains itself: name another backing file with `qemu-img rebase -u`",
+            "{}: the backing chain contains itself: name another backing file with `seethrough rebase -u`",
             path.display()
         ),
     )

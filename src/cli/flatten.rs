@@ -1,17 +1,21 @@
 //! `seethrough flatten`: a child's true disk as a standalone image.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use super::options::parse_format;
-use crate::chain::create::{NewImage, create};
+use super::progress::ShowProgress;
+use super::tool::open;
+use crate::chain::create::NewImage;
 use crate::chain::format::Format;
 use crate::chain::host::HostOptions;
-use crate::chain::registry::{DiskRequest, Registry};
+use crate::chain::registry::Registry;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::Access;
+use crate::jobs::convert::{Conversion, Encoding, Output, convert};
+use crate::jobs::copy::Manner;
 use crate::qcow2::create::CreateOptions;
 use crate::qcow2::preallocate::Preallocation;
+use crate::storage::CacheMode;
 use crate::sys::block_on;
 use crate::view::declared::merged_of;
 
@@ -24,6 +28,9 @@ pub struct Flatten {
     /// The new image's format, raw or qcow2 [default: qcow2]
     #[arg(short = 'O', value_name = "FORMAT", value_parser = parse_format)]
     output_format: Option<Format>,
+
+    #[command(flatten)]
+    progress: ShowProgress,
 
     /// The child
     #[arg(value_name = "CHILD")]
@@ -40,10 +47,11 @@ impl Flatten {
     /// # Errors
     /// If the child or its base is in use or not clean, or the new image exists or cannot be written.
     pub fn run(self) -> Result<()> {
-        block_on(self.flatten()).context(|| format!("cannot flatten {}", self.child.display()))
+        self.flatten()
+            .context(|| format!("cannot flatten {}", self.child.display()))
     }
 
-    async fn flatten(&self) -> Result<()> {
+    fn flatten(&self) -> Result<()> {
         if self.out.exists() {
             return Err(Error::new(
                 ErrorKind::InvalidConfig,
@@ -51,46 +59,26 @@ impl Flatten {
             ));
         }
         let registry = Registry::new(HostOptions::default());
-        let child = registry
-            .open(&DiskRequest {
-                path: self.child.clone(),
-                format: None,
-                access: Access::ReadOnly,
-            })
-            .await?;
-        let merged = merged_of(&child).await?;
+        let merged = block_on(async {
+            let child = open(&registry, &self.child, None, Access::ReadOnly).await?;
+            merged_of(&child).await
+        })?;
         let size = merged.virtual_size();
-        let format = self.output_format.unwrap_or(Format::Qcow2);
-        let new = match format {
+        let new = match self.output_format.unwrap_or(Format::Qcow2) {
             Format::Raw => NewImage::Raw {
                 size,
                 preallocation: Preallocation::Off,
             },
             Format::Qcow2 => NewImage::Qcow2(CreateOptions::new(size)),
         };
-        create(&self.out, &new).await?;
-        let written = self.write(&registry, format, &merged).await;
-        if written.is_err() {
-            // The first error is the one to tell.
-            let _ = std::fs::remove_file(&self.out);
-        }
-        written
-    }
-
-    async fn write(
-        &self,
-        registry: &Registry,
-        format: Format,
-        merged: &crate::view::merged::Merged,
-    ) -> Result<()> {
-        let out = registry
-            .open(&DiskRequest {
-                path: self.out.clone(),
-                format: Some(format),
-                access: Access::ReadWrite,
-            })
-            .await?;
-        let image = Arc::clone(&out.image);
-        merged.copy_to(&*image).await
+        let conversion = Conversion {
+            path: &self.out,
+            output: Output::New(new),
+            encoding: Encoding::Plain,
+            manner: Manner::new(),
+            cache: CacheMode::Writeback,
+        };
+        self.progress
+            .during(|progress| convert(&merged, &conversion, progress))
     }
 }

@@ -164,7 +164,7 @@ fn child_declaration(disk: &OpenImage) -> Result<ChildDeclaration> {
         _ => Err(Error::new(
             ErrorKind::InvalidConfig,
             format!(
-                "{} is no child of a base with regions; use `qemu-img convert` for other images",
+                "{} is no child of a base with regions; use `seethrough convert` for other images",
                 disk.source.path.display()
             ),
         )),
@@ -178,7 +178,7 @@ fn base_of(disk: &OpenImage) -> Result<(&Source, Arc<dyn Image>, BaseDeclaration
         return Err(Error::new(
             ErrorKind::InvalidConfig,
             format!(
-                "{path} is a child, but has no backing image; give it its base again with `qemu-img rebase -u`"
+                "{path} is a child, but has no backing image; give it its base again with `seethrough rebase -u`"
             ),
         ));
     };
@@ -188,7 +188,7 @@ fn base_of(disk: &OpenImage) -> Result<(&Source, Arc<dyn Image>, BaseDeclaration
             ErrorKind::InvalidConfig,
             format!(
                 "{path} is a child, but its backing image {} declares no regions; give it its base again with \
-                 `qemu-img rebase -u`",
+                 `seethrough rebase -u`",
                 source.path.display()
             ),
         )),

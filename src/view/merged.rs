@@ -13,14 +13,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ext4::group_descriptor::GroupDescriptor;
 use crate::ext4::superblock::Superblock;
 use crate::ext4::volatile::{self, FreeCounts};
-use crate::image::{Allocation, Image};
+use crate::image::{Image, ImageFuture};
+use crate::jobs::extents::Extents;
+use crate::jobs::source::{Content, Source, Walk};
 use crate::sys::IoBuf;
 use crate::units::GuestOffset;
-
-/// How much is copied at a time, in bytes.
-const CHUNK: u64 = 1 << 20;
-/// Runs of zeros of at least this length are not written, in bytes.
-const HOLE: usize = 4096;
 
 /// The disk that a child's overlay and its base make together.
 pub struct Merged {
@@ -155,99 +152,49 @@ impl Merged {
         }
         Ok(free)
     }
+}
 
-    /// Writes the disk to `out`, which reads as zeros and is at least as long. Zeros are left out.
-    ///
-    /// # Errors
-    /// What reading the images or writing `out` returns.
-    pub async fn copy_to(&self, out: &dyn Image) -> Result<()> {
-        let whole = self.virtual_size();
-        for piece in Pieces::new(&self.territory, GuestOffset(0), whole, Route::Read) {
-            let mut at = piece.at;
-            while at < piece.end() {
-                let left = piece.end().0 - at.0;
-                let (zero, len) = match piece.treatment {
-                    Treatment::Through | Treatment::Journal => {
-                        reads_as_zeros(&self.own, at, left).await?
-                    }
-                    Treatment::Foreign(_) => reads_as_zeros(&self.truth, at, left).await?,
-                    Treatment::Composed(_) => (false, left),
-                };
-                let len = if zero { len } else { len.min(CHUNK) };
-                if !zero {
-                    let part = Piece { at, len, ..piece };
-                    self.copy_part(&part, out).await?;
-                }
-                at = GuestOffset(at.0 + len);
+impl Source for Merged {
+    fn size(&self) -> u64 {
+        self.virtual_size()
+    }
+
+    fn read(&self, at: GuestOffset, buf: IoBuf) -> ImageFuture<'_> {
+        Box::pin(Merged::read(self, at, buf))
+    }
+
+    fn walk(&self) -> Box<dyn Walk + '_> {
+        Box::new(MergedWalk {
+            merged: self,
+            own: Extents::new(&self.own),
+        })
+    }
+}
+
+/// A walk over the disk: what the child alone decides is known from its images, all else has to be read.
+struct MergedWalk<'a> {
+    merged: &'a Merged,
+    own: Extents,
+}
+
+impl Walk for MergedWalk<'_> {
+    fn next(&mut self, at: GuestOffset, end: u64) -> ImageFuture<'_, (Content, u64)> {
+        Box::pin(async move {
+            let len = end.saturating_sub(at.0);
+            let piece = Pieces::new(&self.merged.territory, at, len, Route::Read).next();
+            let Some(piece) = piece else {
+                return Ok((Content::Zero, len));
+            };
+            if piece.treatment != Treatment::Through {
+                return Ok((Content::Data, piece.len));
             }
-        }
-        out.flush().await
-    }
-
-    async fn copy_part(&self, part: &Piece, out: &dyn Image) -> Result<()> {
-        let buf = IoBuf::zeroed(usize::try_from(part.len).expect("a chunk fits in memory"));
-        self.read_piece(part, buf.clone()).await?;
-        let bytes = buf.to_vec();
-        for (start, end) in data_runs(&bytes) {
-            let at = GuestOffset(part.at.0 + start as u64);
-            out.write(at, buf.slice(start..end)).await?;
-        }
-        Ok(())
-    }
-}
-
-/// The runs of `bytes` that are not holes.
-fn data_runs(bytes: &[u8]) -> Vec<(usize, usize)> {
-    let mut runs: Vec<(usize, usize)> = Vec::new();
-    for (index, block) in bytes.chunks(HOLE).enumerate() {
-        if block.iter().all(|&byte| byte == 0) {
-            continue;
-        }
-        let start = index * HOLE;
-        let end = start + block.len();
-        match runs.last_mut() {
-            Some((_, last)) if *last == start => *last = end,
-            _ => runs.push((start, end)),
-        }
-    }
-    runs
-}
-
-/// Whether an image and its backing chain say that `at` reads as zeros, and for how many of the next `len` bytes the
-/// answer is the same.
-async fn reads_as_zeros(image: &Arc<dyn Image>, at: GuestOffset, len: u64) -> Result<(bool, u64)> {
-    let mut layer = image;
-    let mut len = len;
-    loop {
-        if at.0 >= layer.virtual_size() {
-            return Ok((true, len));
-        }
-        let inside = len.min(layer.virtual_size() - at.0);
-        let (allocation, same) = layer.allocation(at, inside).await?;
-        len = same.clamp(1, inside);
-        match (allocation, layer.backing()) {
-            (Allocation::Data(_) | Allocation::Compressed, _) => return Ok((false, len)),
-            (Allocation::Zero(_) | Allocation::Sparse(_), _)
-            | (Allocation::Unallocated(_), None) => return Ok((true, len)),
-            (Allocation::Unallocated(_), Some(backing)) => layer = backing,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn holes_are_left_out_and_neighbours_joined() {
-        let mut bytes = vec![0; 5 * HOLE + 10];
-        bytes[HOLE] = 1;
-        bytes[2 * HOLE + 5] = 1;
-        bytes[5 * HOLE + 9] = 1;
-        assert_eq!(
-            data_runs(&bytes),
-            [(HOLE, 3 * HOLE), (5 * HOLE, 5 * HOLE + 10)]
-        );
-        assert!(data_runs(&[0; 100]).is_empty());
+            let extent = self.own.next(at, piece.end().0).await?;
+            let content = if extent.is_zero() {
+                Content::Zero
+            } else {
+                Content::Data
+            };
+            Ok((content, extent.len))
+        })
     }
 }

@@ -8,6 +8,8 @@ use std::process::Command;
 use std::sync::{Arc, OnceLock};
 
 use seethrough::image::{Access, Image, RawImage};
+use seethrough::jobs::copy::{Manner, Target, copy};
+use seethrough::progress::Progress;
 use seethrough::storage::MemoryStorage;
 use seethrough::sys::{IoBuf, block_on};
 use seethrough::units::GuestOffset;
@@ -255,7 +257,13 @@ impl Bed {
         let len = usize::try_from(merged.virtual_size()).unwrap();
         let storage = Arc::new(MemoryStorage::new(vec![0; len]));
         let out = RawImage::new(storage.clone(), Access::ReadWrite);
-        block_on(merged.copy_to(&out)).unwrap();
+        copy(
+            &merged,
+            &Target::Plain(&out),
+            Manner::new(),
+            &Progress::default(),
+        )
+        .unwrap();
         let path = self.path("flattened");
         let start = usize::try_from(self.start).unwrap();
         fs::write(&path, &storage.contents()[start..]).unwrap();
