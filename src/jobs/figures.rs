@@ -94,7 +94,11 @@ pub async fn image_figures(image: &Inspected, locking: Locking) -> Result<Vec<Fi
         Some(image.virtual_size),
         committed,
     )?];
-    if let Some(path) = data_file(image)? {
+    let data_file = match &image.header {
+        Some(header) => data_file_path(&image.path, header)?,
+        None => None,
+    };
+    if let Some(path) = data_file {
         let file = open(&path, locking)?;
         let committed = Commitment::Bytes(image.virtual_size);
         files.push(file_figures(&path, &file, None, committed)?);
@@ -115,14 +119,6 @@ async fn qcow2_commitment(file: &FileStorage, header: &Header) -> Commitment {
         Ok(bytes) if header.nb_snapshots == 0 => Commitment::Bytes(bytes),
         Ok(bytes) => Commitment::Unbounded { as_is: bytes },
         Err(error) => Commitment::Unknown(error.to_string()),
-    }
-}
-
-/// Where the image keeps its guest's data, if not in its own file.
-fn data_file(image: &Inspected) -> Result<Option<PathBuf>> {
-    match &image.header {
-        Some(header) => data_file_path(&image.path, header),
-        None => Ok(None),
     }
 }
 

@@ -1,6 +1,11 @@
 //! The commitment of an image: the most that its file can come to, whatever the guest writes and in whatever order
 //! (qcow2 specification, "Cluster mapping", "Refcounts").
 //!
+//! Not in it: clusters that the guest has discarded wait for the next flush before they are used again
+//! (`qcow2::quarantine`), so a guest that discards and writes anew without a flush in between takes new ones meanwhile,
+//! some 32768 at most. And whoever allocates otherwise than invariant 3 says, as stock tools do where a request needs
+//! contiguous clusters, may leave gaps in the file.
+//!
 //! ```text
 //! demand = guest clusters that cannot be written in place  +  L2 tables that are missing or shared
 //!          +  persistent bitmaps, every bit of them stored

@@ -5,6 +5,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod driver;
+mod memory;
 
 use std::collections::HashMap;
 use std::ffi::OsString;
