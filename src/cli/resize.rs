@@ -123,7 +123,8 @@ impl Resize {
     }
 
     /// # Errors
-    /// [`ErrorKind::OutOfBounds`] for a size that no disk has, [`ErrorKind::Unsupported`] for a shorter disk that nobody has asked for.
+    /// [`ErrorKind::OutOfBounds`] for a size that no disk has, [`ErrorKind::Unsupported`] for a shorter disk that
+    /// nobody has asked for.
     fn new_size(&self, now: u64) -> Result<u64> {
         let size = self.size.of(now)?;
         if size < now && !self.shrink {

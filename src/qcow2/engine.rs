@@ -32,7 +32,8 @@ use crate::units::{HostCluster, HostOffset};
 
 /// Bytes of L2 tables kept in memory by default, unless the image needs fewer: at 64 KiB clusters they map 256 GiB.
 const MAX_L2_CACHE: u64 = 32 << 20;
-/// Bytes of refcount blocks kept in memory by default, unless the image needs fewer: at 64 KiB clusters they cover 256 GiB.
+/// Bytes of refcount blocks kept in memory by default, unless the image needs fewer: at 64 KiB clusters they cover
+/// 256 GiB.
 const MAX_REFCOUNT_CACHE: u64 = 8 << 20;
 
 /// An open image. All its users in this process share it.

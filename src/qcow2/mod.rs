@@ -9,7 +9,8 @@
 //!                └─ flush ── quarantine ─ grace                  what is durable when, what is free when
 //! ```
 //!
-//! `check` works on a file that nobody has open.
+//! `check` works on a file that nobody has open. `snapshot` and `resize` change an image as a whole, each by one new
+//! `revision` of its metadata.
 //!
 //! The crash order is in the `flush` module, the lock order in `engine`.
 

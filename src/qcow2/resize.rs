@@ -28,8 +28,9 @@ impl Qcow2 {
     /// Makes the disk `size` bytes long; the image is opened anew. What a shorter disk no longer has is gone.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] if the image cannot change its size, or not to this one, or it is no multiple of 512; [`ErrorKind::Corrupt`] for broken metadata,
-    /// [`ErrorKind::NoSpace`], and the storage's. The disk then has its old length.
+    /// [`ErrorKind::Unsupported`] if the image cannot change its size, or not to this one, or it is no multiple of
+    /// 512; [`ErrorKind::Corrupt`] for broken metadata, [`ErrorKind::NoSpace`], and the storage's. The disk then has its
+    /// old length.
     pub async fn resize(self, size: u64) -> Result<Self> {
         self.resize_preallocated(size, Preallocation::Off).await
     }

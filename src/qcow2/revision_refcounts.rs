@@ -165,8 +165,8 @@ impl NewRefcounts {
             count if count >= max => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(
-                    "cluster {cluster} has {count} references, and refcounts of {bits} bits cannot count one more: make \
-                     a copy of the image with wider ones (the option refcount_bits)"
+                    "cluster {cluster} has {count} references, and refcounts of {bits} bits cannot count one more: \
+                     make a copy of the image with wider ones (the option refcount_bits)"
                 ),
             )),
             count => Ok(count + 1),

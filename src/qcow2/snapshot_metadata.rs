@@ -11,8 +11,8 @@ use crate::error::Result;
 use crate::storage::Storage;
 use crate::units::HostOffset;
 
-/// Bytes of snapshots' L1 tables that are looked through for L2 tables; tables beyond it have refcounts alone to protect
-/// what they lead to. At 64 KiB clusters that is 1024 snapshots of a disk of 512 GiB.
+/// Bytes of snapshots' L1 tables that are looked through for L2 tables; tables beyond it have refcounts alone to
+/// protect what they lead to. At 64 KiB clusters that is 1024 snapshots of a disk of 512 GiB.
 const MAX_L1_BYTES: u64 = MAX_L1_TABLE_BYTES / 4;
 
 /// Where the metadata of snapshots lies.
