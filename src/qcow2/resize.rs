@@ -29,8 +29,8 @@ impl Qcow2 {
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] if the image cannot change its size, or not to this one, or it is no multiple of
-    /// 512; [`ErrorKind::Corrupt`] for broken metadata, [`ErrorKind::NoSpace`], and the storage's. The disk then has its
-    /// old length.
+    /// 512; [`ErrorKind::Corrupt`] for broken metadata, [`ErrorKind::NoSpace`], and the storage's. The disk then has
+    /// its old length.
     pub async fn resize(self, size: u64) -> Result<Self> {
         self.resize_preallocated(size, Preallocation::Off).await
     }
