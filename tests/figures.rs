@@ -304,7 +304,7 @@ fn fill(storage: &Arc<MemoryStorage>, size: u64, name: &str, committed: u64, rng
             storage.len()
         );
     }
-    block_on(disk.flush()).expect("flushed");
+    block_on(disk.close()).expect("closed");
     assert!(
         storage.len() <= committed,
         "{name}: {} of {committed} bytes",

@@ -360,7 +360,7 @@ impl Case {
             };
             result.unwrap_or_else(|error| panic!("{}: step {step}: {error}", self.name));
         }
-        block_on(disk.flush()).unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        block_on(disk.close()).unwrap_or_else(|error| panic!("{}: {error}", self.name));
     }
 
     /// A discarded sector reads as zeros or as before, and stays so: the model learns which.

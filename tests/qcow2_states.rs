@@ -13,6 +13,7 @@ use engine::{Allowed, check, load, qemu_img, rng};
 use seethrough::error::ErrorKind;
 use seethrough::image::{Access, Allocation, Image, Mapped};
 use seethrough::qcow2::Qcow2;
+use seethrough::qcow2::header::Header;
 use seethrough::storage::{
     CrashStorage, Delays, Fault, FaultStorage, Lost, MemoryStorage, Operation, Storage, ZeroMode,
 };
@@ -183,10 +184,15 @@ fn compressed_clusters_are_replaced_and_their_room_freed() {
 }
 
 #[test]
-fn an_image_with_out_of_date_refcounts_is_read_and_not_written() {
+fn an_image_with_out_of_date_refcounts_is_read_as_it_is_and_repaired_before_it_is_written() {
     let file = File::create("lazy_refcounts=on", "1M");
     let storage = file.load();
-    patch(&storage, 79, &[1]);
+    let image = open(&storage);
+    write(&image, 0, &[1; CLUSTER]).unwrap();
+    flush(&image);
+    drop(image);
+    let left = storage.contents();
+    assert_eq!(left[79] & 1, 1, "the dirty bit");
     let open = |access| {
         block_on(Qcow2::open(
             Arc::clone(&storage) as Arc<dyn Storage>,
@@ -194,13 +200,62 @@ fn an_image_with_out_of_date_refcounts_is_read_and_not_written() {
             access,
         ))
     };
-    assert_eq!(read(&open(Access::ReadOnly).unwrap(), 0, 512), [0; 512]);
-    let error = open(Access::ReadWrite).err().unwrap();
+    assert_eq!(read(&open(Access::ReadOnly).unwrap(), 0, 512), [1; 512]);
+    assert_eq!(storage.contents(), left);
+    let image = open(Access::ReadWrite).unwrap();
+    assert_eq!(read(&image, 0, 512), [1; 512]);
+    assert_eq!(storage.contents()[79] & 1, 0, "the dirty bit");
+    file.save(&storage);
+    file.check(Allowed::Nothing);
+}
+
+#[test]
+fn an_image_with_out_of_date_refcounts_and_more_wrong_is_not_written() {
+    let file = File::create("lazy_refcounts=on", "1M");
+    let storage = file.load();
+    patch(&storage, 79, &[1]);
+    // An L1 entry with a reserved bit.
+    let l1 = Header::parse(&storage.contents())
+        .unwrap()
+        .l1_table_offset
+        .0;
+    patch(&storage, l1, &[0x40]);
+    let before = storage.contents();
+    let shared = Arc::clone(&storage) as Arc<dyn Storage>;
+    let error = block_on(Qcow2::open(shared, None, Access::ReadWrite))
+        .err()
+        .unwrap();
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     assert!(
         error.to_string().contains("seethrough check -r all IMAGE"),
         "{error}"
     );
+    assert!(storage.contents() == before, "a refused image is changed");
+}
+
+#[test]
+fn with_lazy_refcounts_the_dirty_bit_is_there_from_the_first_write_until_the_image_is_closed() {
+    let file = File::create("lazy_refcounts=on,cluster_size=64k", "1M");
+    let storage = file.load();
+    let is_dirty = || storage.contents()[79] & 1 == 1;
+    let image = open(&storage);
+    assert_eq!(read(&image, 0, 512), [0; 512]);
+    assert!(!is_dirty());
+    for round in 0..3 {
+        write(
+            &image,
+            u64::from(round) * CLUSTER as u64,
+            &[round + 1; CLUSTER],
+        )
+        .unwrap();
+        assert!(is_dirty());
+        flush(&image);
+        assert!(is_dirty());
+        block_on(image.close()).unwrap();
+        assert!(!is_dirty());
+        file.save(&storage);
+        file.check(Allowed::Nothing);
+    }
 }
 
 #[test]

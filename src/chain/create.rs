@@ -82,7 +82,7 @@ pub async fn create_filled(
         new.write(options).await?;
         let disk = new.open(backing).await?;
         fill(&disk).await?;
-        disk.flush().await?;
+        disk.close().await?;
         drop(disk);
         let (extension_type, data) = extension;
         set_extension(new.storage.as_ref(), extension_type, data).await

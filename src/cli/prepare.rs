@@ -122,6 +122,7 @@ impl Prepare {
                 preparation.declaration().clone()
             }
         };
+        image.close().await?;
         drop(image);
         let document = Declaration::Base(declaration.clone());
         store_declaration(&self.base, format, &*storage, &document).await?;

@@ -152,6 +152,12 @@ pub trait Image: Any + Send + Sync {
     /// Makes every write that completed before this call durable.
     fn flush(&self) -> ImageFuture<'_>;
 
+    /// Says that writing has ended, at least for now: makes everything durable, and the image one that was closed
+    /// cleanly. Nothing may be under way that changes the disk.
+    fn close(&self) -> ImageFuture<'_> {
+        self.flush()
+    }
+
     /// What this layer alone, not its backing, holds at `at`, and for how many of the next `len` bytes (at least
     /// one) the answer is the same. May ask the host, which blocks: not for serving a guest.
     fn allocation(&self, at: GuestOffset, len: u64) -> ImageFuture<'_, (Allocation, u64)>;

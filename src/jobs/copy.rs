@@ -125,7 +125,7 @@ pub fn copy(
         lanes: Lanes::default(),
     };
     job.lanes.run(manner.lanes.max(1), || job.lane())?;
-    block_on(target.image().flush())
+    block_on(target.image().close())
 }
 
 impl Target<'_> {

@@ -54,7 +54,7 @@ pub fn absorb_difference(
         lanes: Lanes::default(),
     };
     job.lanes.run(LANES, || job.lane())?;
-    block_on(overlay.flush())
+    block_on(overlay.close())
 }
 
 /// A backing image, old or new, and a walk over it.

@@ -427,6 +427,11 @@ pub(super) fn size_growth(
 
 /// Writing back and growing the refcount table.
 impl Allocator {
+    /// Whether the refcount table or a block of it is not on disk as it is here.
+    pub(super) fn is_dirty(&self) -> bool {
+        !self.lock().dirty_sectors.is_empty() || self.blocks.is_dirty()
+    }
+
     /// Copies every dirty sector of the refcount table; they are clean from then on unless
     /// [`Allocator::restore_table`] says otherwise.
     pub(super) fn capture_table(&self) -> Vec<CapturedSector> {

@@ -14,11 +14,12 @@ use std::sync::{Arc, Mutex, OnceLock};
 use super::allocator::{Allocator, Layout};
 use super::bitmap::BitmapDirectory;
 use super::cache_budget::{CacheBudget, CacheSize};
+use super::check::repair_if_dirty;
 use super::data_file::DataFile;
 use super::geometry::{Geometry, to_usize};
 use super::grace::Grace;
 use super::header::{CompressionType, Header};
-use super::health::{Health, require_refcounts};
+use super::health::Health;
 use super::l1::L1Table;
 use super::quarantine::Retired;
 use super::snapshot_metadata::SnapshotMetadata;
@@ -49,6 +50,8 @@ pub struct Qcow2 {
     pub(super) compression_type: CompressionType,
     pub(super) header: async_lock::Mutex<Header>,
     pub(super) health: Health,
+    /// Whether refcounts are written late: when memory is short, and when the image is closed.
+    pub(super) is_lazy: bool,
     pub(super) l1: L1Table,
     pub(super) l2: TableCache,
     pub(super) allocator: Allocator,
@@ -128,12 +131,14 @@ impl Qcow2 {
         access: Access,
         budget: &Arc<CacheBudget>,
     ) -> Result<Self> {
-        let header = Header::read(storage.as_ref()).await?;
+        let mut header = Header::read(storage.as_ref()).await?;
         match access {
             Access::ReadOnly => header.require_readable()?,
             Access::ReadWrite => {
                 header.require_writable()?;
-                require_refcounts(&header)?;
+                if repair_if_dirty(storage.as_ref(), &header).await? {
+                    header = Header::read(storage.as_ref()).await?;
+                }
             }
         }
         let data_file = DataFile::new(&header, data)?;
@@ -154,6 +159,7 @@ impl Qcow2 {
             has_backing: backing.is_some() || header.backing_file.is_some(),
             compression_type: header.compression_type,
             health: Health::new(&header, access),
+            is_lazy: header.has_lazy_refcounts(),
             header: async_lock::Mutex::new(header),
             storage,
             data_file,

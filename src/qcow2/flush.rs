@@ -12,7 +12,9 @@
 //! 6. New refcount block: the block before its refcount table entry.
 //! 7. Growing the refcount table: the new table before the header, the header before the old table is freed.
 //! 8. A table or cluster that a snapshot shares is never written: the entry moves to a copy.
-//! 9. A flush returns after everything that completed before it is durable: data, and its whole path L1 → L2.
+//! 9. With lazy refcounts rules 1, 5 and 6 need not hold for refcounts, blocks and table: the dirty bit is durable
+//!    before any of what they are for (`qcow2::health`), and cleared durably only after all of them.
+//! 10. A flush returns after everything that completed before it is durable: data, and its whole path L1 → L2.
 //!
 //! One write-back captures (copies) metadata, then writes the copies:
 //!
@@ -22,10 +24,13 @@
 //! barrier   only with new refcount blocks (6);  then the refcount table
 //! barrier   only if something below needs something above, or data (1, 2, 3, 5)
 //! write     L2 tables, L1
-//! barrier   (9)
+//! barrier   (10)
 //! then      the references dropped are freed (4, `qcow2::quarantine`), refcounts written without a barrier:
 //!           that they come too late is a leak at worst
 //! ```
+//!
+//! With lazy refcounts (9) the refcount table and its blocks are captured only when memory is short, or when the image
+//! is closed.
 //!
 //! Data is written before its entry changes in memory (`qcow2::write`), so a barrier after the capture covers it.
 //!
@@ -36,6 +41,7 @@ use std::sync::atomic::Ordering;
 
 use super::allocator;
 use super::engine::Qcow2;
+use super::features::IncompatibleFeatures;
 use super::join::{Piece, join_all};
 use super::l1;
 use super::table_cache::Captured;
@@ -43,6 +49,13 @@ use crate::error::{ErrorKind, Result};
 use crate::storage::Storage;
 use crate::sys::IoBuf;
 use crate::units::{HostCluster, HostOffset};
+
+/// Whether refcounts are written back with all else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refcounts {
+    Written,
+    Postponed,
+}
 
 /// Copies of everything dirty.
 struct Capture {
@@ -82,7 +95,7 @@ impl Qcow2 {
         let number = self.flushes_begun.fetch_add(1, Ordering::SeqCst) + 1;
         self.check_not_poisoned()?;
         let unless_dropped = self.health.poison_if_dropped("writing metadata back");
-        let outcome = self.write_back().await;
+        let outcome = self.write_back(self.due_refcounts()).await;
         unless_dropped.settle();
         outcome?;
         *last_done = number;
@@ -103,9 +116,18 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Rule 9: refcounts that may wait do so as long as there is memory for them.
+    fn due_refcounts(&self) -> Refcounts {
+        if self.is_lazy && !self.allocator.blocks.needs_write_back() {
+            Refcounts::Postponed
+        } else {
+            Refcounts::Written
+        }
+    }
+
     /// One write-back, with `flushing` held.
-    async fn write_back(&self) -> Result<()> {
-        let capture = self.capture();
+    async fn write_back(&self, refcounts: Refcounts) -> Result<()> {
+        let capture = self.capture(refcounts);
         if let Err(error) = self.write_in_order(&capture).await {
             self.restore(capture);
             if error.kind() != ErrorKind::NoSpace {
@@ -118,17 +140,60 @@ impl Qcow2 {
         // Rule 4: their unlinking is durable by now.
         self.retire(capture.dropped);
         self.free_retired().await;
-        self.write_refcounts_early().await;
+        if refcounts == Refcounts::Written {
+            self.write_refcounts_early().await;
+        }
         Ok(())
     }
 
+    /// Makes everything durable, refcounts included, and says in the header that they can be relied on. Nothing may
+    /// be under way that changes the disk; a change that follows marks the image again.
+    ///
+    /// # Errors
+    /// As [`Qcow2::flush_all`]. What is on disk is as sound as after a flush then.
+    pub(super) async fn close_cleanly(&self) -> Result<()> {
+        self.flush_all().await?;
+        let dirty = IncompatibleFeatures::DIRTY;
+        let _flushing = self.flushing.lock().await;
+        let is_marked = self
+            .header
+            .lock()
+            .await
+            .incompatible_features
+            .contains(dirty);
+        if !is_marked {
+            return Ok(());
+        }
+        self.check_not_poisoned()?;
+        let unless_dropped = self.health.poison_if_dropped("closing");
+        let outcome = self.write_back(Refcounts::Written).await;
+        unless_dropped.settle();
+        outcome?;
+        self.storage.flush().await?;
+        if self.allocator.is_dirty() {
+            // What could not be written is made anew from the tables when the image is opened next.
+            return Ok(());
+        }
+        self.health.end_writing();
+        self.update_header(|header| {
+            header.incompatible_features = header.incompatible_features.without(dirty);
+        })
+        .await?;
+        self.storage.flush().await
+    }
+
     /// Copies everything dirty, that which needs something else before what it needs.
-    fn capture(&self) -> Capture {
+    fn capture(&self, refcounts: Refcounts) -> Capture {
         let dropped = std::mem::take(&mut *self.lock_unlinked());
         let l1 = self.l1.capture();
         let l2 = self.l2.capture();
-        let table = self.allocator.capture_table();
-        let blocks = self.allocator.blocks.capture();
+        let (table, blocks) = match refcounts {
+            Refcounts::Written => (
+                self.allocator.capture_table(),
+                self.allocator.blocks.capture(),
+            ),
+            Refcounts::Postponed => (Vec::new(), Vec::new()),
+        };
         Capture {
             dropped,
             l1,
@@ -177,7 +242,7 @@ impl Qcow2 {
             linked.iter().map(|table| (table.at, &table.buf)).chain(l1),
         )
         .await?;
-        // Rule 9.
+        // Rule 10.
         self.flush_files().await
     }
 

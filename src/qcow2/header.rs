@@ -276,6 +276,15 @@ impl Header {
             .contains(IncompatibleFeatures::EXTENDED_L2)
     }
 
+    /// Whether refcounts may be written late, the dirty bit being set meanwhile.
+    #[must_use]
+    pub fn has_lazy_refcounts(&self) -> bool {
+        self.version == Version::V3
+            && self
+                .compatible_features
+                .contains(CompatibleFeatures::LAZY_REFCOUNTS)
+    }
+
     /// Whether guest data lies in another file.
     #[must_use]
     pub fn has_data_file(&self) -> bool {

@@ -6,7 +6,9 @@
 //! 1. Once writing has been forbidden it stays so until the image is reopened; reads go on.
 //! 2. Autoclear bits are durably cleared before anything else is written, but for those whose promise is kept: that
 //!    for bitmaps is by marking them as in use (`qcow2::bitmap`).
-//! 3. Metadata found broken sets the corrupt bit, so that no one else writes either before a repair.
+//! 3. With lazy refcounts the dirty bit is durably set before anything else is written, and cleared when the image is
+//!    closed and its refcounts are durable, too. Whoever finds it set makes the refcounts anew before they are used.
+//! 4. Metadata found broken sets the corrupt bit, so that no one else writes either before a repair.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,7 +38,7 @@ impl Health {
         if header.has_raw_data_file() {
             promises = promises.without(AutoclearFeatures::RAW_EXTERNAL_DATA);
         }
-        let clean = promises == AutoclearFeatures::default();
+        let clean = promises == AutoclearFeatures::default() && !header.has_lazy_refcounts();
         Self {
             broken: AtomicBool::new(false),
             reason: OnceLock::new(),
@@ -48,6 +50,11 @@ impl Health {
     /// Whether the fast path may write: nothing is broken, and nothing is left to be done before.
     pub(super) fn allows_writes(&self) -> bool {
         self.begun.load(Ordering::Acquire) && !self.broken.load(Ordering::Acquire)
+    }
+
+    /// Says that the next write has to begin with [`Qcow2::begin_writing`] again.
+    pub(super) fn end_writing(&self) {
+        self.begun.store(false, Ordering::Release);
     }
 
     /// Forbids all further writes.
@@ -148,11 +155,15 @@ impl Qcow2 {
         if self.health.begun.load(Ordering::Acquire) {
             return Ok(());
         }
-        // Invariant 2. Two that get here at once do it twice, which does no harm.
+        // Invariants 2 and 3. Two that get here at once do it twice, which does no harm.
         let kept = self.disown_bitmaps(Change::Contents).await?;
         let kept = kept.with(self.kept_by_data_file());
         self.update_header(|header| {
             header.autoclear_features = AutoclearFeatures(header.autoclear_features.0 & kept.0);
+            if self.is_lazy {
+                let dirty = IncompatibleFeatures::DIRTY;
+                header.incompatible_features = header.incompatible_features.with(dirty);
+            }
         })
         .await?;
         self.storage.flush().await?;
@@ -185,7 +196,7 @@ impl Qcow2 {
     }
 
     /// Passes a result on; an error that says the image's metadata is broken also has the consequences
-    /// (invariant 3).
+    /// (invariant 4).
     pub(super) async fn judge<T>(&self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result
             && error.kind() == ErrorKind::Corrupt

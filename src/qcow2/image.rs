@@ -154,6 +154,15 @@ impl Image for Qcow2 {
         })
     }
 
+    fn close(&self) -> ImageFuture<'_> {
+        Box::pin(async move {
+            match self.access {
+                Access::ReadOnly => Ok(()),
+                Access::ReadWrite => self.close_cleanly().await,
+            }
+        })
+    }
+
     fn allocation(&self, at: GuestOffset, len: u64) -> ImageFuture<'_, (Allocation, u64)> {
         Box::pin(async move {
             self.check_bounds(at, len)?;

@@ -72,7 +72,7 @@ impl Qcow2 {
         self,
         work: impl AsyncFnOnce(&mut Revision) -> Result<Header>,
     ) -> Result<Self> {
-        self.flush_all().await?;
+        self.close_cleanly().await?;
         let mut revision = Revision::begin(Arc::clone(&self.storage)).await?;
         let prepared = async {
             let mut header = work(&mut revision).await?;

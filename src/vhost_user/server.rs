@@ -1,7 +1,7 @@
 //! The daemon's main thread: waits for front-ends and signals.
 //!
 //! One front-end is served per VM at a time; others wait in the listener's backlog until it has left. A signal to end
-//! lets every request that was taken end, flushes every disk and removes the socket files.
+//! lets every request that was taken end, closes every disk and removes the socket files.
 
 use std::io::ErrorKind as IoErrorKind;
 use std::net::Shutdown;
@@ -17,7 +17,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use super::session::{flush, serve};
+use super::session::{close, serve};
 use super::socket::{Endpoint, Listener};
 use super::{MAX_QUEUE_SIZE, MAX_QUEUES, thread_name};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -352,8 +352,8 @@ impl Server {
                 }
             }
         }
-        let flushed: Vec<Result<()>> = self.ports.iter().map(|port| flush(&port.vm)).collect();
-        flushed.into_iter().collect()
+        let closed: Vec<Result<()>> = self.ports.iter().map(|port| close(&port.vm)).collect();
+        closed.into_iter().collect()
     }
 }
 

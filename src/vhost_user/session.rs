@@ -43,11 +43,22 @@ pub(super) fn serve(vm: &Arc<Vm>, stream: UnixStream) {
 ///
 /// # Errors
 /// If the image cannot be flushed.
-pub(super) fn flush(vm: &Vm) -> Result<()> {
+fn flush(vm: &Vm) -> Result<()> {
     if vm.device().image().is_read_only() {
         return Ok(());
     }
     block_on(vm.device().image().flush()).context(|| format!("{}: flushing the disk", vm.name()))
+}
+
+/// Makes everything that was written durable, and the image one that was closed cleanly: no session of any VM is left.
+///
+/// # Errors
+/// If the image cannot be written.
+pub(super) fn close(vm: &Vm) -> Result<()> {
+    if vm.device().image().is_read_only() {
+        return Ok(());
+    }
+    block_on(vm.device().image().close()).context(|| format!("{}: closing the disk", vm.name()))
 }
 
 /// Handles one message after the other; returns why there are no more.

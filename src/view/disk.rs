@@ -306,6 +306,10 @@ impl Image for View {
         self.own.flush()
     }
 
+    fn close(&self) -> ImageFuture<'_> {
+        self.own.close()
+    }
+
     /// A view is a whole: it says nothing about the layers below.
     fn allocation(&self, at: GuestOffset, len: u64) -> ImageFuture<'_, (Allocation, u64)> {
         Box::pin(async move {

@@ -111,7 +111,7 @@ pub async fn adopt(
     for group in new.iter() {
         copy_descriptor(&probe, group, base, own).await?;
     }
-    own.flush().await?;
+    own.close().await?;
     Ok((adopted, new))
 }
 

@@ -22,6 +22,8 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use seethrough::image::{Access, Image, RawImage};
 use seethrough::qcow2::Qcow2;
+use seethrough::qcow2::features::IncompatibleFeatures;
+use seethrough::qcow2::header::Header;
 use seethrough::storage::{IoFuture, MemoryStorage, Storage, ZeroMode};
 use seethrough::sys::{IoBuf, block_on};
 use seethrough::units::HostOffset;
@@ -75,8 +77,27 @@ pub enum Allowed {
     Leaks,
 }
 
-/// Has `qemu-img check` look at an image.
+/// Whether an image's last writer has not closed it, and has left its refcounts for whoever opens it next.
+pub fn is_dirty(image: &[u8]) -> bool {
+    Header::parse(image).is_ok_and(|header| {
+        header
+            .incompatible_features
+            .contains(IncompatibleFeatures::DIRTY)
+    })
+}
+
+/// Has `qemu-img check` look at an image, after a repair if it has not been closed.
 pub fn check(path: &Path, allowed: Allowed) -> Result<(), String> {
+    if is_dirty(&std::fs::read(path).map_err(|error| error.to_string())?) {
+        let path = path.display().to_string();
+        let (code, text) = run(
+            "qemu-img",
+            &["check", "-q", "-f", "qcow2", "-r", "all", &path],
+        );
+        if code != 0 {
+            return Err(format!("qemu-img check -r all: exit code {code}: {text}"));
+        }
+    }
     let (code, text) = run(
         "qemu-img",
         &[

@@ -101,7 +101,7 @@ impl Player for Ours {
                 image = self.open(path, Access::ReadWrite)?;
             }
         }
-        block_on(image.flush()).map_err(|error| error.to_string())
+        block_on(image.close()).map_err(|error| error.to_string())
     }
 
     fn read_all(&self, path: &Path) -> Result<Vec<u8>, String> {

@@ -30,6 +30,8 @@ pub(super) struct Checker<'a> {
     pub(super) header: Header,
     pub(super) bounds: Bounds,
     pub(super) report: Report,
+    /// Something is wrong with what tables say, whatever refcounts say of it.
+    pub(super) has_broken_tables: bool,
     /// Refcounts cannot be mended where they are.
     pub(super) needs_rebuild: bool,
     /// Bitmaps cannot be used.
@@ -67,6 +69,7 @@ impl<'a> Checker<'a> {
                 total_clusters,
                 ..Report::default()
             },
+            has_broken_tables: false,
             needs_rebuild: false,
             has_broken_bitmaps: false,
             has_incomplete_snapshots: false,
@@ -94,6 +97,7 @@ impl<'a> Checker<'a> {
     /// As [`Checker::corruption`], for what every pass finds: only the first counts.
     pub(super) fn walk_corruption(&mut self, times: u64, text: impl FnOnce() -> String) {
         if self.voice == Voice::Aloud {
+            self.has_broken_tables = true;
             self.corruption(times, text);
         }
     }

@@ -35,6 +35,7 @@ mod report;
 mod snapshots;
 mod walk;
 
+pub(super) use repair::repair_if_dirty;
 pub use repair::{Repair, Repaired, repair};
 pub use report::{Finding, Listener, Report, Severity};
 

@@ -15,6 +15,7 @@
 //! 3. The dirty and the corrupt bit go last, and only if nothing corrupt is left.
 
 use super::super::features::{AutoclearFeatures, IncompatibleFeatures};
+use super::super::header::Header;
 use super::super::snapshot_table::{Snapshot, encode_snapshots, read_snapshots};
 use super::checker::{Checker, Voice};
 use super::copied::FixFlags;
@@ -23,7 +24,7 @@ use super::refcounts::Fix;
 use super::report::{Finding, Listener, Report, Severity};
 use super::snapshots::L1Place;
 use super::{MEMORY, read_header};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::progress::Progress;
 use crate::storage::Storage;
 use crate::units::HostCluster;
@@ -88,10 +89,56 @@ pub async fn repair(
     job.run(what).await.context(|| format!("repairing {name}"))
 }
 
+/// Makes the refcounts of an image anew that its last writer has left out of date, before they are used; the answer
+/// is whether that was necessary.
+///
+/// # Errors
+/// Those of [`repair`]; [`ErrorKind::Corrupt`] if more than refcounts is wrong.
+pub(in super::super) async fn repair_if_dirty(
+    storage: &dyn Storage,
+    header: &Header,
+) -> Result<bool> {
+    let dirty = IncompatibleFeatures::DIRTY;
+    if !header.incompatible_features.contains(dirty) {
+        return Ok(false);
+    }
+    let mut ignore = |_: Finding| {};
+    let repaired = repair(
+        storage,
+        Repair::Refcounts,
+        &mut ignore,
+        &Progress::default(),
+    )
+    .await?;
+    if repaired.after.corruptions > 0 {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            "the image was not closed cleanly, and more than its refcounts is wrong: repair it with `seethrough check \
+             -r all IMAGE`, or open it read-only",
+        ));
+    }
+    log::info!(
+        "{}: it was not closed cleanly: {} refcounts and flags made anew, {} leaked clusters freed",
+        storage.name(),
+        repaired.corruptions_fixed(),
+        repaired.leaks_fixed()
+    );
+    Ok(true)
+}
+
 struct Job<'a, 'l> {
     storage: &'a dyn Storage,
     listener: Listener<'l>,
     progress: &'a Progress,
+}
+
+/// What a check has found to be broken, beside refcounts that are wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Broken {
+    /// Entries of L1 and L2 tables, snapshots, bitmaps.
+    tables: bool,
+    /// Refcount blocks: refcounts cannot be mended in place.
+    blocks: bool,
 }
 
 /// What a listener hears of a step.
@@ -105,17 +152,17 @@ enum Hears {
 
 impl Job<'_, '_> {
     async fn run(&mut self, what: Repair) -> Result<Repaired> {
-        let (before, mut needs_rebuild) = self.check(Hears::All).await?;
-        if !before.is_clean() {
-            self.drop_unknown_autoclear_bits().await?;
-            if what == Repair::All && self.mend().await? {
-                (_, needs_rebuild) = self.check(Hears::Repairs).await?;
-            }
-            self.fix_refcounts(what, needs_rebuild).await?;
-        }
-        let after = if before.is_clean() {
+        let (before, mut found) = self.check(Hears::All).await?;
+        // What a broken table hides is not to be freed by whoever only opens the image.
+        let is_possible = what != Repair::Refcounts || !found.tables;
+        let after = if before.is_clean() || !is_possible {
             before
         } else {
+            self.drop_unknown_autoclear_bits().await?;
+            if what == Repair::All && self.mend().await? {
+                (_, found) = self.check(Hears::Repairs).await?;
+            }
+            self.fix_refcounts(what, found.blocks).await?;
             self.check(Hears::All).await?.0
         };
         if after.corruptions == 0 {
@@ -141,11 +188,14 @@ impl Job<'_, '_> {
         step(&mut checker).await
     }
 
-    /// What is wrong, and whether refcounts cannot be mended in place.
-    async fn check(&mut self, hears: Hears) -> Result<(Report, bool)> {
+    async fn check(&mut self, hears: Hears) -> Result<(Report, Broken)> {
         self.step(hears, async |checker| {
             let report = checker.check().await?;
-            Ok((report, checker.needs_rebuild))
+            let broken = Broken {
+                tables: checker.has_broken_tables,
+                blocks: checker.needs_rebuild,
+            };
+            Ok((report, broken))
         })
         .await
     }
