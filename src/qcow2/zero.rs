@@ -150,11 +150,10 @@ impl Qcow2 {
         while at < range.end {
             let start = GuestOffset(at);
             let place = self.place(start);
-            let may_show = matches!(clearing, Clearing::Discard | Clearing::Forget);
-            let nothing_to_do = !self.has_backing || may_show;
+            let hides_nothing = !self.has_backing || clearing == Clearing::Forget;
             let len = match self.judge(place).await? {
-                // Nothing to hide and nothing to free; a discard may leave the backing image visible.
-                Place::NoTable(reach) if nothing_to_do => reach.min(range.end - at),
+                // Nothing to free, and nothing to hide.
+                Place::NoTable(reach) if hides_nothing => reach.min(range.end - at),
                 _ => {
                     let len = self.slice_reach(start).min(range.end - at);
                     self.clear_in_slice(at..at + len, clearing).await?;

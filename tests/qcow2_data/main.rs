@@ -10,3 +10,4 @@ mod bitmaps;
 mod compressed;
 mod data_file;
 mod preallocation;
+mod subclusters;
