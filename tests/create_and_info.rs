@@ -238,6 +238,33 @@ fn an_image_is_never_made_its_own_backing_image() {
 }
 
 #[test]
+fn backing_images_are_named_in_the_json_form_as_stock_tools_name_them() {
+    let directory = Directory::new();
+    directory.ok(&["create", "-q", "-f", "qcow2", "base.qcow2", "3M"]);
+    for name in [
+        r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"base.qcow2"}}"#,
+        r#"json:{"driver":"qcow2","file.driver":"file","file.filename":"base.qcow2"}"#,
+    ] {
+        directory.ok(&["create", "-q", "-b", name, "ours.qcow2"]);
+        directory.qemu_img(&["compare", "-f", "qcow2", "ours.qcow2", "base.qcow2"]);
+        directory.qemu_img(&[
+            "create", "-q", "-f", "qcow2", "-b", name, "-F", "qcow2", "o.qcow2",
+        ]);
+        directory.ok(&["info", "--backing-chain", "o.qcow2"]);
+    }
+    let error = directory.fails(
+        &[
+            "create",
+            "-b",
+            r#"json:{"driver":"raw","offset":512,"file.filename":"base.qcow2"}"#,
+            "new",
+        ],
+        1,
+    );
+    assert!(error.contains("offset"), "{error}");
+}
+
+#[test]
 fn chains_that_cannot_be_followed_are_refused_with_a_remedy() {
     let directory = Directory::new();
     directory.ok(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);

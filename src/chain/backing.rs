@@ -5,7 +5,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use super::format::Format;
-use crate::error::{Error, ErrorKind, Result};
+use super::json_name::JsonName;
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::qcow2::header::Header;
 
 /// The backing file that an image names.
@@ -21,55 +22,109 @@ impl Backing {
     /// What the header of the image at `overlay` says.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] if it names no format, or for a format or a kind of name that is not supported.
+    /// [`ErrorKind::Unsupported`] if it names no format, or for a format or a kind of name that is not supported;
+    /// [`ErrorKind::Corrupt`] if it names two formats.
     pub fn of(overlay: &Path, header: &Header) -> Result<Option<Self>> {
         let Some(name) = &header.backing_file else {
             return Ok(None);
         };
-        let path = resolve(overlay, name)?;
-        let Some(format) = header.backing_format() else {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
+        let Name { path, format } = parse(overlay, name)?;
+        let of_header = match header.backing_format() {
+            Some(format) => {
+                let format = format.to_string_lossy().parse::<Format>();
+                Some(format.context(|| format!("{}: backing file {name:?}", overlay.display()))?)
+            }
+            None => None,
+        };
+        let format = match (format, of_header) {
+            (Some(one), Some(other)) if one != other => Err(Error::new(
+                ErrorKind::Corrupt,
                 format!(
-                    "{overlay}: names the backing file {name:?} but not its format, which is never guessed: set it \
-                     with `seethrough rebase -u -b {name:?} -F FORMAT {overlay}`",
+                    "{overlay}: the backing file {name:?} is {one} by its name and {other} by the header: say which \
+                     with `seethrough rebase -u -b PATH -F FORMAT {overlay}`",
                     overlay = overlay.display(),
                 ),
-            ));
+            )),
+            (named, of_header) => named.or(of_header).ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Unsupported,
+                    format!(
+                        "{overlay}: names the backing file {name:?} but not its format, which is never guessed: set \
+                     it with `seethrough rebase -u -b {name:?} -F FORMAT {overlay}`",
+                        overlay = overlay.display(),
+                    ),
+                )
+            }),
         };
-        let format = format
-            .to_string_lossy()
-            .parse::<Format>()
-            .map_err(|error| {
-                error.context(format!("{}: backing file {name:?}", overlay.display()))
-            })?;
-        Ok(Some(Self { path, format }))
+        Ok(Some(Self {
+            path,
+            format: format?,
+        }))
     }
+}
+
+/// What the name of a backing file says.
+struct Name {
+    path: PathBuf,
+    format: Option<Format>,
 }
 
 /// The path that the name of a backing file means in the image at `overlay`.
 ///
-/// A name that begins with `file:` is relative to the working directory, any other to the directory of the overlay.
+/// A name that begins with `file:` or `json:` is relative to the working directory, any other to the directory of the
+/// overlay.
 ///
 /// # Errors
-/// [`ErrorKind::Unsupported`] for a name with another protocol.
+/// [`ErrorKind::Unsupported`] for a name that is no file of this host.
 pub fn resolve(overlay: &Path, name: &OsStr) -> Result<PathBuf> {
+    parse(overlay, name).map(|name| name.path)
+}
+
+/// The format of a backing file: the one that is given for it, or that its name says.
+///
+/// # Errors
+/// As [`resolve`]; [`ErrorKind::InvalidConfig`] if the two are different ones.
+pub fn agreed_format(
+    overlay: &Path,
+    name: &OsStr,
+    given: Option<Format>,
+) -> Result<Option<Format>> {
+    match (given, parse(overlay, name)?.format) {
+        (Some(given), Some(named)) if given != named => Err(Error::new(
+            ErrorKind::InvalidConfig,
+            format!("the backing file {name:?} is {named} by its name, and -F says {given}"),
+        )),
+        (given, named) => Ok(given.or(named)),
+    }
+}
+
+fn parse(overlay: &Path, name: &OsStr) -> Result<Name> {
+    let plain = |path| Name { path, format: None };
     let Some(protocol) = protocol(name) else {
         let directory = overlay.parent().unwrap_or(Path::new(""));
-        return Ok(directory.join(name));
+        return Ok(plain(directory.join(name)));
     };
-    if protocol == b"file" {
-        let path = name.as_bytes().get(b"file:".len()..).unwrap_or_default();
-        return Ok(OsString::from_vec(path.to_vec()).into());
-    }
+    let rest = name
+        .as_bytes()
+        .get(protocol.len() + 1..)
+        .unwrap_or_default();
+    let why = match protocol {
+        b"file" => return Ok(plain(OsString::from_vec(rest.to_vec()).into())),
+        b"json" => match JsonName::parse(rest) {
+            Ok(JsonName { path, format }) => return Ok(Name { path, format }),
+            Err(why) => why,
+        },
+        other => format!(
+            "is given as '{}:', and only files of this host are supported",
+            String::from_utf8_lossy(other).escape_debug()
+        ),
+    };
     Err(Error::new(
         ErrorKind::Unsupported,
         format!(
-            "{}: the backing file {name:?} is given as '{}:', and only files of this host are supported: name a path \
-             with `seethrough rebase -u -b PATH -F FORMAT {}`",
-            overlay.display(),
-            String::from_utf8_lossy(protocol).escape_debug(),
-            overlay.display()
+            "{overlay}: the backing file {name:?} {why}: name a path with `seethrough rebase -u -b PATH -F FORMAT \
+                     {overlay}`",
+            overlay = overlay.display()
         ),
     ))
 }
@@ -101,6 +156,11 @@ mod tests {
             ("./odd:name", "/images/family/./odd:name"),
             ("file:/abs/base.raw", "/abs/base.raw"),
             ("file:base.raw", "base.raw"),
+            (r#"json:{"file.filename":"base.raw"}"#, "base.raw"),
+            (
+                r#"json:{"driver":"raw","file":{"driver":"file","filename":"/abs/base"}}"#,
+                "/abs/base",
+            ),
         ] {
             assert_eq!(resolved(name).unwrap(), PathBuf::from(path), "{name}");
         }
@@ -111,7 +171,7 @@ mod tests {
     #[test]
     fn names_that_are_no_files_are_refused_by_their_protocol() {
         for (name, protocol) in [
-            ("json:{\"driver\":\"raw\"}", "'json:'"),
+            ("json:{\"driver\":\"raw\"}", "no \"file.filename\""),
             ("nbd://host/export", "'nbd:'"),
             ("fat:rw:/etc", "'fat:'"),
         ] {
@@ -141,5 +201,33 @@ mod tests {
             .set(ExtensionType::BACKING_FORMAT, b"raw".to_vec());
         let backing = Backing::of(overlay, &header).unwrap().unwrap();
         assert_eq!(backing.format, Format::Raw);
+    }
+
+    #[test]
+    fn a_given_format_has_to_agree_with_the_name() {
+        let name = OsStr::new(r#"json:{"driver":"raw","file.filename":"base"}"#);
+        let agreed = |name, given| agreed_format(Path::new("tom.qcow2"), name, given);
+        assert_eq!(agreed(name, None).unwrap(), Some(Format::Raw));
+        assert_eq!(agreed(name, Some(Format::Raw)).unwrap(), Some(Format::Raw));
+        assert!(agreed(name, Some(Format::Qcow2)).is_err());
+        assert_eq!(agreed("base".as_ref(), None).unwrap(), None);
+    }
+
+    #[test]
+    fn a_json_name_says_the_format_and_may_not_contradict_the_header() {
+        let overlay = Path::new("tom.qcow2");
+        let mut header = Header::new(Version::V3, 16, 0);
+        header.backing_file = Some(r#"json:{"driver":"raw","file.filename":"base"}"#.into());
+        let backing = Backing::of(overlay, &header).unwrap().unwrap();
+        assert_eq!(backing.format, Format::Raw);
+        header
+            .extensions
+            .set(ExtensionType::BACKING_FORMAT, b"qcow2".to_vec());
+        let error = Backing::of(overlay, &header).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(
+            error.to_string().contains("raw by its name and qcow2"),
+            "{error}"
+        );
     }
 }

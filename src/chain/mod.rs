@@ -6,6 +6,7 @@ pub mod data_file;
 pub mod format;
 pub mod host;
 pub mod inspect;
+mod json_name;
 pub mod part_file;
 pub mod registry;
 pub mod single;

@@ -6,7 +6,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
-use crate::chain::backing::resolve;
+use crate::chain::backing::{agreed_format, resolve};
 use crate::chain::create::{NewImage, create};
 use crate::chain::format::Format;
 use crate::chain::host::Locking;
@@ -131,7 +131,8 @@ impl Create {
             file: name.clone(),
             format: format.name().to_owned(),
         };
-        if let (true, Some(format)) = (self.unchecked, self.backing_format) {
+        let format = agreed_format(&self.file, name, self.backing_format)?;
+        if let (true, Some(format)) = (self.unchecked, format) {
             return Ok(Some((reference(format), None)));
         }
         let path = resolve(&self.file, name)?;
@@ -141,7 +142,7 @@ impl Create {
         // The base may be in use by its VM: its size and format do not change under us.
         let chain = block_on(inspect_chain(
             &path,
-            self.backing_format,
+            format,
             Unnamed::Refuse,
             Locking::ForceShare,
         ))

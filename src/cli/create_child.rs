@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use super::output;
-use crate::chain::backing::resolve;
+use crate::chain::backing::{agreed_format, resolve};
 use crate::chain::create::{NewImage, create_filled};
 use crate::chain::format::Format;
 use crate::chain::host::{HostOptions, Locking};
@@ -56,7 +56,7 @@ impl ChildRequest<'_> {
         let base = registry
             .open(&DiskRequest {
                 path: path.clone(),
-                format: self.base_format,
+                format: agreed_format(self.file, self.base, self.base_format)?,
                 access: Access::ReadOnly,
             })
             .await

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::options::{parse_cache, parse_format};
 use super::progress::ShowProgress;
 use super::tool::open;
-use crate::chain::backing::resolve;
+use crate::chain::backing::{agreed_format, resolve};
 use crate::chain::format::Format;
 use crate::chain::host::{HostOptions, Locking, open_file};
 use crate::chain::inspect::{Inspected, Unnamed, inspect_chain};
@@ -158,7 +158,8 @@ impl Rebase {
     /// The new backing image and what lies behind it; never empty.
     fn chain_behind(&self) -> Result<Vec<Inspected>> {
         let path = resolve(&self.file, &self.backing)?;
-        let chain = inspect_chain(&path, self.backing_format, Unnamed::Refuse, Locking::ForceShare);
+        let format = agreed_format(&self.file, &self.backing, self.backing_format)?;
+        let chain = inspect_chain(&path, format, Unnamed::Refuse, Locking::ForceShare);
         block_on(chain).context(|| "the new backing image (its format is given with -F)")
     }
 }

@@ -49,7 +49,7 @@ impl DataFile {
             return Err(Error::new(
                 ErrorKind::Corrupt,
                 "the image has both a raw data file and a backing file, and one of them hides the other: take the \
-                 backing file out with `qemu-img rebase -u -b \"\" IMAGE`",
+                 backing file out with `seethrough rebase -u -b \"\" IMAGE`",
             ));
         }
         match (storage, header.has_data_file()) {
