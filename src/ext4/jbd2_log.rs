@@ -413,8 +413,9 @@ impl LogScan {
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_possible_truncation, reason = "test data is small")]
 mod tests {
+    #![allow(clippy::cast_possible_truncation, reason = "test data is small")]
+
     use super::*;
     use crate::ext4::fields::{put_be32, put_bytes};
 
