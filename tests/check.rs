@@ -14,12 +14,13 @@ use std::sync::Arc;
 
 use engine::{for_each_seed, rng, run};
 use rand::RngExt;
+use rand::rngs::StdRng;
 use seethrough::image::{Access, Image};
 use seethrough::progress::Progress;
 use seethrough::qcow2::Qcow2;
 use seethrough::qcow2::check::{Finding, Repair, Repaired, Report, check, repair};
 use seethrough::qcow2::header::Header;
-use seethrough::storage::{MemoryStorage, Storage};
+use seethrough::storage::{CrashStorage, Delays, Lost, MemoryStorage, Moment, Storage};
 use seethrough::sys::{IoBuf, block_on};
 use seethrough::units::GuestOffset;
 use tampering::{KINDS, Tampered, sound_image, tamper};
@@ -274,6 +275,56 @@ fn a_repair_leaves_a_clean_image_and_all_data_that_was_there() {
             let image = tamper(&sound, changes, &mut rng);
             let path = directory.path().join("repaired.qcow2");
             if let Err(error) = judge_repair(&image, &contents, &path) {
+                panic!("{error}");
+            }
+        });
+    }
+}
+
+/// Cuts the power somewhere in a repair, and repairs what is left.
+fn judge_interrupted_repair(
+    image: &Tampered,
+    sound: &[Option<Vec<u8>>],
+    rng: &mut StdRng,
+) -> Result<(), String> {
+    let storage = CrashStorage::new(image.bytes.clone(), Delays::none());
+    let (Ok(whole), _) = our_repair(&storage, Repair::All) else {
+        return Ok(());
+    };
+    let before = pieces(&image.bytes);
+    for _ in 0..6 {
+        let cut = Moment(rng.random_range(0..=storage.now().0));
+        let lost = Lost::Some { seed: rng.random() };
+        let left = MemoryStorage::new(storage.after_power_cut(cut, lost));
+        let (again, lines) = our_repair(&left, Repair::All);
+        let context = || format!("{cut:?} {lost:?} {:x?}\n{lines}", image.changes);
+        let again = again.map_err(|error| format!("{error}: {}", context()))?;
+        if whole.after.is_clean() && !again.after.is_clean() {
+            return Err(format!("not clean: {}", context()));
+        }
+        let (Some(before), Some(after)) = (&before, pieces(&left.contents())) else {
+            continue;
+        };
+        for (number, (before, after)) in before.iter().zip(&after).enumerate() {
+            if before.is_some() && *before == sound[number] && before != after {
+                return Err(format!("piece {number} has changed: {}", context()));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_repair_that_a_power_cut_ends_is_begun_again_and_loses_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    for (number, kind) in KINDS.iter().enumerate().filter(|(_, kind)| kind.kib < 8192) {
+        let sound = std::fs::read(sound_image(kind, directory.path())).unwrap();
+        let contents = pieces(&sound).unwrap();
+        for_each_seed(4, &format!("{kind:?}"), |seed| {
+            let mut rng = rng(seed << 8 | number as u64);
+            let changes = rng.random_range(1..5);
+            let image = tamper(&sound, changes, &mut rng);
+            if let Err(error) = judge_interrupted_repair(&image, &contents, &mut rng) {
                 panic!("{error}");
             }
         });
