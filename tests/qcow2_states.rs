@@ -438,6 +438,35 @@ fn a_power_cut_at_any_moment_of_growth_leaves_leaks_at_worst() {
 }
 
 #[test]
+fn a_new_refcount_table_is_durable_before_the_header_points_to_it() {
+    let file = File::create(SMALL, "3M");
+    let mut bytes = file.load().contents();
+    // A table that was not written shows as this.
+    bytes.resize(4 << 20, 0xd5);
+    let storage = Arc::new(CrashStorage::new(bytes, Delays::none()));
+    let image = open_on(Arc::clone(&storage) as Arc<dyn Storage>);
+    let table_at = || storage.contents()[48..56].to_vec();
+    let mut grown = 0;
+    for step in 0..24u64 {
+        let (begun, before) = (storage.now(), table_at());
+        write(&image, step * 100_000, &[1; 100_000]).unwrap();
+        if table_at() == before {
+            continue;
+        }
+        grown += 1;
+        for cut in storage.moments().filter(|moment| *moment >= begun) {
+            for lost in [0, 1, 2, 3].map(|seed| Lost::Some { seed }) {
+                let left = storage.after_power_cut(cut, lost);
+                std::fs::write(&file.path, left).unwrap();
+                check(&file.path, Allowed::Leaks)
+                    .unwrap_or_else(|error| panic!("{lost:?} lost at {cut:?}: {error}"));
+            }
+        }
+    }
+    assert!(grown > 0, "the table never grew");
+}
+
+#[test]
 fn new_refcount_blocks_are_durable_before_the_table_points_to_them() {
     // A block of zeros would free what is in use; one of other bytes would never free it.
     for before in [0, 0xd5] {
