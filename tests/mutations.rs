@@ -231,20 +231,28 @@ fn tamper(sound: &[u8], rng: &mut StdRng) -> Vec<u8> {
         (entry(sound, l1_at), cluster),
         (entry(sound, refcounts_at), cluster.min(256)),
         (bitmap_directory(sound), 64),
+        (snapshot_l1(sound, &header), 64),
     ];
     let mut image = sound.to_vec();
     for _ in 0..rng.random_range(1..5) {
-        match rng.random_range(0..12) {
+        match rng.random_range(0..16) {
             0 => {
                 let at = rng.random_range(0..image.len());
                 image[at] = rng.random();
             }
             1 => image.truncate(rng.random_range(0..=image.len())),
             2..=5 => change_field(&mut image, HEADER_FIELDS, rng),
+            6..=8 => {
+                // What one entry leads to becomes another one's, too.
+                let [from, to] = [0; 2].map(|_| word_of(&tables, rng));
+                if let Some(bytes) = image.get(from..from + 8).map(<[u8]>::to_vec)
+                    && let Some(other) = image.get_mut(to..to + 8)
+                {
+                    other.copy_from_slice(&bytes);
+                }
+            }
             _ => {
-                let (start, len) = tables[rng.random_range(0..tables.len())];
-                let at = start + rng.random_range(0..len.max(8) / 8) * 8;
-                let at = usize::try_from(at).expect("small");
+                let at = word_of(&tables, rng);
                 // Mostly whole words, and now and then narrower fields.
                 let width = [8, 8, 8, 4, 2][rng.random_range(0..5)];
                 change_field(&mut image, &[(at, width)], rng);
@@ -255,6 +263,13 @@ fn tamper(sound: &[u8], rng: &mut StdRng) -> Vec<u8> {
         }
     }
     image
+}
+
+/// Where one of the words of these tables lies.
+fn word_of(tables: &[(u64, u64)], rng: &mut StdRng) -> usize {
+    let (start, len) = tables[rng.random_range(0..tables.len())];
+    let at = start + rng.random_range(0..len.max(8) / 8) * 8;
+    usize::try_from(at).expect("small")
 }
 
 /// Gives one of these big-endian fields (little-endian on a filesystem, which makes other values hostile) a value
@@ -302,6 +317,14 @@ fn entry(image: &[u8], at: u64) -> u64 {
     let at = usize::try_from(at).expect("small");
     let word = image[at..at + 8].try_into().expect("8 bytes");
     u64::from_be_bytes(word) & 0x00ff_ffff_ffff_fe00
+}
+
+/// Where the L1 table of the first snapshot lies, or the header where there is none.
+fn snapshot_l1(image: &[u8], header: &Header) -> u64 {
+    match header.nb_snapshots {
+        0 => 0,
+        _ => entry(image, header.snapshots_offset.0),
+    }
 }
 
 /// Where the directory of bitmaps lies, or anything that looks like it.

@@ -12,15 +12,15 @@ use std::time::SystemTime;
 use bounded::Bounded;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use seethrough::error::{Error, Result};
+use seethrough::error::{Error, ErrorKind, Result};
 use seethrough::ext4::group_descriptor::GroupDescriptor;
 use seethrough::ext4::superblock::{self, SUPERBLOCK_SIZE, Superblock};
-use seethrough::image::{Access, Image, RawImage};
+use seethrough::image::{Access, Allocation, Image, RawImage};
 use seethrough::partition::Scan;
 use seethrough::progress::Progress;
 use seethrough::qcow2::Qcow2;
 use seethrough::qcow2::bitmap::BitmapDirectory;
-use seethrough::qcow2::check::check;
+use seethrough::qcow2::check::{Finding, Repair, Report, Severity, check, repair};
 use seethrough::qcow2::commitment::committed_length;
 use seethrough::qcow2::dump::Dump;
 use seethrough::qcow2::header::Header;
@@ -46,6 +46,8 @@ pub const QCOW2: &[Body] = &[
     ("bitmaps", bitmaps),
     ("tables", tables),
     ("check", check_image),
+    ("repair", repair_image),
+    ("dirty", dirty),
     ("commitment", commitment),
     ("dump", dump),
     ("whole_image", whole_image),
@@ -132,7 +134,148 @@ pub fn tables(image: &[u8]) {
 /// Checks the image.
 pub fn check_image(image: &[u8]) {
     let storage = Bounded::new(image);
-    let _ = judged(block_on(check(&storage, &mut |_| {}, &Progress::default())));
+    let _ = judged(checked(&storage, &mut |_| {}));
+}
+
+fn checked(storage: &Bounded, listener: &mut dyn FnMut(Finding)) -> Result<Report> {
+    block_on(check(storage, listener, &Progress::default()))
+}
+
+/// Repairs the image, in part and whole: no more is wrong afterwards than before, and what the repair calls sound can
+/// be read.
+pub fn repair_image(image: &[u8]) {
+    for what in [Repair::Leaks, Repair::Refcounts, Repair::All] {
+        let storage = Arc::new(Bounded::new(image));
+        let mut findings = Vec::new();
+        let mut listener = |finding: Finding| findings.push(finding.to_string());
+        let progress = Progress::default();
+        let repaired = block_on(repair(storage.as_ref(), what, &mut listener, &progress));
+        let Some(repaired) = judged(repaired) else {
+            continue;
+        };
+        let (before, after) = (repaired.before, repaired.after);
+        // Freeing what the broken entries of a corrupt image may have meant shows in their flags.
+        let is_no_worse = match what {
+            Repair::Leaks => {
+                corruptions(&storage, is_no_flag).len()
+                    <= corruptions(&Bounded::new(image), is_no_flag).len()
+            }
+            Repair::Refcounts | Repair::All => after.corruptions <= before.corruptions,
+        };
+        assert!(
+            is_no_worse,
+            "repairing {what:?} corrupts: {before:?}, then {after:?}: {findings:#?}"
+        );
+        let again = checked(&storage, &mut |_| {}).expect("what was repaired can be checked");
+        assert_eq!(again, after, "a repair of {what:?} misjudges its outcome");
+        if what == Repair::All && after.corruptions == 0 {
+            assert!(after.is_clean(), "a repair leaves leaks: {findings:#?}");
+            read_sound(storage, &findings);
+        }
+    }
+}
+
+/// The corruptions of an image that can be checked.
+fn corruptions(storage: &Bounded, counts: fn(&str) -> bool) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut listener = |finding: Finding| {
+        if finding.severity == Severity::Corruption && counts(&finding.text) {
+            found.push(finding.text);
+        }
+    };
+    let _ = checked(storage, &mut listener).expect("it could be checked before");
+    found
+}
+
+/// Whether a finding is of something else than COPIED flags, which follow from refcounts.
+fn is_no_flag(text: &str) -> bool {
+    !text.contains("COPIED flag contradicts")
+}
+
+/// Reads the whole disk of an image that contradicts itself nowhere.
+fn read_sound(storage: Arc<Bounded>, findings: &[String]) {
+    let sound = |error: &Error| {
+        refused(error);
+        let is_corrupt = error.kind() == ErrorKind::Corrupt;
+        assert!(
+            !is_corrupt,
+            "a sound image cannot be read: {error}: {findings:#?}"
+        );
+    };
+    let backing = RawImage::new(
+        Arc::new(MemoryStorage::new(vec![6; 1 << 20])),
+        Access::ReadOnly,
+    );
+    let disk = Qcow2::open(storage, Some(Arc::new(backing)), Access::ReadOnly);
+    let Ok(disk) = block_on(disk).inspect_err(sound) else {
+        return;
+    };
+    let size = disk.virtual_size();
+    for start in [0, size.saturating_sub(REACH)] {
+        let end = size.min(start.saturating_add(REACH));
+        let mut at = start;
+        while at < end {
+            let allocation = block_on(disk.allocation(GuestOffset(at), end - at));
+            let Ok((allocation, run)) = allocation.inspect_err(sound) else {
+                return;
+            };
+            assert!(run > 0, "an answer for nothing");
+            // Compressed bytes are data: whether they can be decompressed no check says.
+            if matches!(allocation, Allocation::Data(_) | Allocation::Zero(_)) {
+                let buf = IoBuf::zeroed(usize::try_from(run.min(STEP)).expect("small"));
+                let _ = block_on(disk.read(GuestOffset(at), buf)).inspect_err(sound);
+            }
+            at += run;
+        }
+    }
+}
+
+/// Opens the image for writing as one that was not closed cleanly, which repairs it in place: once it is open nothing
+/// is corrupt, and what guests do leaves it as sound.
+pub fn dirty(image: &[u8]) {
+    let mut image = image.to_vec();
+    let Some(bits) = image.get_mut(INCOMPATIBLE_FEATURES_END) else {
+        return;
+    };
+    *bits |= 1;
+    let mut rng = seeded(&image);
+    let storage = Arc::new(Bounded::new(&image));
+    for round in 0..2 {
+        let shared = Arc::clone(&storage) as Arc<dyn Storage>;
+        let Some(disk) = judged(block_on(Qcow2::open(shared, None, Access::ReadWrite))) else {
+            assert!(round == 0, "an image that was sound cannot be opened again");
+            return;
+        };
+        if is_version_3(&image) {
+            // Who of several users of one cluster is the last has no flag for that: a copy too many is made.
+            let corruptions = match round {
+                0 => corruptions(&storage, |_| true),
+                _ => corruptions(&storage, is_no_flag),
+            };
+            assert!(
+                corruptions.is_empty(),
+                "corrupt in round {round}: {corruptions:#?}"
+            );
+        }
+        for _ in 0..12 {
+            request(&disk, &mut rng);
+        }
+        let _ = judged(block_on(disk.flush()));
+    }
+}
+
+/// Where the lowest of the incompatible features' bits lie: version 3 alone has them.
+const INCOMPATIBLE_FEATURES_END: usize = 79;
+
+fn is_version_3(image: &[u8]) -> bool {
+    image.get(4..8) == Some(&[0, 0, 0, 3])
+}
+
+/// Random numbers that follow from the image alone.
+fn seeded(image: &[u8]) -> StdRng {
+    StdRng::seed_from_u64(image.iter().fold(0, |hash: u64, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+    }))
 }
 
 /// Reckons what the image can come to.
@@ -163,9 +306,7 @@ pub fn dump(image: &[u8]) {
 
 /// Opens the image for reading and then for writing, over another one, and does what guests do.
 pub fn whole_image(image: &[u8]) {
-    let mut rng = StdRng::seed_from_u64(image.iter().fold(0, |hash: u64, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
-    }));
+    let mut rng = seeded(image);
     let storage = Arc::new(Bounded::new(image));
     for access in [Access::ReadOnly, Access::ReadWrite] {
         let backing = RawImage::new(

@@ -13,7 +13,10 @@ use crate::units::{HostCluster, HostOffset};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FixFlags {
     No,
-    Yes,
+    /// Those alone that are missing where one reference is left, which is what freeing leaks leads to, and only in
+    /// tables that are nothing else: the rest of the image may be corrupt, and stays as it is.
+    Sole,
+    All,
 }
 
 impl Checker<'_> {
@@ -45,6 +48,24 @@ impl Checker<'_> {
         counts.covers(cluster).then(|| counts.is_sole(cluster))
     }
 
+    /// Whether the flag of an entry in cluster `own` that points to `offset` is set to what is expected.
+    fn is_fixed(
+        &self,
+        counts: &Counts,
+        own: HostCluster,
+        offset: u64,
+        expected: bool,
+        fix: FixFlags,
+    ) -> bool {
+        let has_one = |cluster| counts.covers(cluster) && counts.get(cluster) == 1;
+        let target = self.bounds.geometry.host_cluster(HostOffset(offset));
+        match fix {
+            FixFlags::No => false,
+            FixFlags::Sole => expected && has_one(target) && has_one(own),
+            FixFlags::All => true,
+        }
+    }
+
     async fn check_l1_flag(
         &mut self,
         counts: &Counts,
@@ -65,7 +86,8 @@ impl Checker<'_> {
         self.corruption(1, || {
             format!("L1 entry {word:#x}: its COPIED flag contradicts the refcount of its table")
         });
-        if fix == FixFlags::Yes {
+        let own = self.bounds.geometry.host_cluster(at);
+        if self.is_fixed(counts, own, table, expected, fix) {
             self.write(at, &with_flag(word, expected).to_be_bytes())
                 .await?;
         }
@@ -104,6 +126,8 @@ impl Checker<'_> {
                 (expected != (descriptor & COPIED != 0)).then_some((index, descriptor, expected))
             })
             .collect();
+        let own = self.bounds.geometry.host_cluster(table.at);
+        let mut is_changed = false;
         for (index, descriptor, expected) in &wrong {
             self.corruption(table.active, || {
                 format!(
@@ -112,12 +136,16 @@ impl Checker<'_> {
                     table.at
                 )
             });
+            if !self.is_fixed(counts, own, descriptor & OFFSET, *expected, fix) {
+                continue;
+            }
+            is_changed = true;
             let at = usize::try_from(index * self.header.l2_entry_size()).ok();
             if let Some(entry) = at.and_then(|at| bytes.get_mut(at..at + 8)) {
                 entry.copy_from_slice(&with_flag(*descriptor, *expected).to_be_bytes());
             }
         }
-        if fix == FixFlags::Yes && !wrong.is_empty() {
+        if is_changed {
             self.write(table.at, &bytes).await?;
         }
         Ok(())

@@ -5,14 +5,16 @@
 //! 1. A table is written only where nothing else refers to its clusters: what an L1 entry leads to by mistake may be
 //!    somebody's data. An L2 table that is something else, too, is copied first, behind the end of the file.
 //! 2. A copy is durable before an entry points to it.
-//! 3. Every write replaces entries one by one, each within a sector, and none then refers to more than before: after
+//! 3. Tables lie within the file before anything is appended to it: copies would become entries of a table that
+//!    reaches beyond its end.
+//! 4. Every write replaces entries one by one, each within a sector, and none then refers to more than before: after
 //!    a power cut the same repair goes on where it stopped.
 
 use std::collections::HashMap;
 
 use super::super::entry::OFFSET;
 use super::super::geometry::to_usize;
-use super::checker::Checker;
+use super::checker::{Checker, Voice};
 use super::counts::Counts;
 use super::entries::{judge_l1, judge_l2};
 use super::report::Severity;
@@ -32,6 +34,57 @@ struct Round {
 }
 
 impl Checker<'_> {
+    /// Has tables end within the file that begin there (invariant 3): the disk's L1 table loses entries that the disk
+    /// does not need; for others the file grows, by what reads as zeros anyway.
+    ///
+    /// # Errors
+    /// The storage's.
+    pub(super) async fn fit_tables(&mut self) -> Result<bool> {
+        let is_shorter = self.shorten_l1().await?;
+        let refcounts = (
+            self.header.refcount_table_offset,
+            u64::from(self.header.refcount_table_clusters) * self.header.cluster_size(),
+        );
+        let silent = std::mem::replace(&mut self.voice, Voice::Silent);
+        let snapshots = self.read_snapshots().await?;
+        self.voice = silent;
+        let l1_tables = [self.active_l1()].into_iter().chain(snapshots.tables);
+        let end = l1_tables
+            .map(|table| (table.at, table.entries * 8))
+            .chain([refcounts, (self.header.snapshots_offset, snapshots.len)])
+            .filter(|(at, len)| at.0 < self.bounds.file_len && !self.bounds.holds(at.0, *len))
+            .filter_map(|(at, len)| at.0.checked_add(len))
+            .max();
+        if let Some(end) = end {
+            self.tell(
+                Severity::Repair,
+                format!("tables reach beyond the end of the file: it grows to {end} bytes"),
+            );
+            self.storage.set_len(end).await?;
+            self.storage.flush().await?;
+            self.bounds.file_len = self.storage.len();
+        }
+        Ok(is_shorter || end.is_some())
+    }
+
+    async fn shorten_l1(&mut self) -> Result<bool> {
+        let (at, entries) = (self.header.l1_table_offset, self.header.l1_size);
+        let needed = self.header.l1_entries_for(self.header.virtual_size());
+        let Ok(needed) = u32::try_from(needed) else {
+            return Ok(false);
+        };
+        if self.bounds.holds(at.0, u64::from(entries) * 8) || needed >= entries {
+            return Ok(false);
+        }
+        self.tell(
+            Severity::Repair,
+            format!("the L1 table at {at:#x} reaches beyond the end of the file: cut to {needed} entries"),
+        );
+        self.header.l1_size = needed;
+        self.write_header().await?;
+        Ok(true)
+    }
+
     /// Copies the disk's L1 table to a place of its own if it is something else, too.
     ///
     /// # Errors
@@ -212,5 +265,55 @@ impl Checker<'_> {
         whole.resize(to_usize((bytes.len() as u64).next_multiple_of(size)), 0);
         self.write(at, &whole).await?;
         Ok(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::{Repair, check, repair};
+    use crate::image::{Access, Image};
+    use crate::progress::Progress;
+    use crate::qcow2::Qcow2;
+    use crate::qcow2::create::{CreateOptions, create};
+    use crate::storage::{MemoryStorage, Storage};
+    use crate::sys::{IoBuf, block_on};
+    use crate::units::{GuestOffset, HostOffset};
+
+    fn open(storage: &Arc<MemoryStorage>, access: Access) -> Qcow2 {
+        let storage = Arc::clone(storage) as Arc<dyn Storage>;
+        block_on(Qcow2::open(storage, None, access)).unwrap()
+    }
+
+    #[test]
+    fn what_a_repair_appends_is_no_part_of_a_table_that_leaves_the_file() {
+        let storage = Arc::new(MemoryStorage::default());
+        let options = CreateOptions {
+            cluster_size: 4096,
+            ..CreateOptions::new(8 << 20)
+        };
+        block_on(create(storage.as_ref(), &options)).unwrap();
+        let disk = open(&storage, Access::ReadWrite);
+        let data = IoBuf::from_bytes(&vec![7; 1 << 20]);
+        block_on(disk.write(GuestOffset(0), data)).unwrap();
+        block_on(disk.flush()).unwrap();
+        drop(disk);
+        // An L1 table of 2 MiB, almost all of it data and what lies behind the end of the file.
+        let size = IoBuf::from_bytes(&(1u32 << 18).to_be_bytes());
+        block_on(storage.writev(HostOffset(36), size)).unwrap();
+        let progress = Progress::default();
+        let found = block_on(check(storage.as_ref(), &mut |_| {}, &progress)).unwrap();
+        assert!(found.corruptions > 0);
+        let work = block_on(repair(
+            storage.as_ref(),
+            Repair::All,
+            &mut |_| {},
+            &progress,
+        ));
+        assert!(work.unwrap().after.is_clean());
+        let buf = IoBuf::zeroed(1 << 20);
+        block_on(open(&storage, Access::ReadOnly).read(GuestOffset(0), buf.clone())).unwrap();
+        assert!(buf.to_vec().iter().all(|byte| *byte == 7));
     }
 }

@@ -215,7 +215,8 @@ impl Job<'_, '_> {
 
     /// Mends what tables say; the answer is whether anything has changed.
     async fn mend(&mut self) -> Result<bool> {
-        let mut is_changed = false;
+        let fit = self.step(Hears::Repairs, async |checker| checker.fit_tables().await);
+        let mut is_changed = fit.await?;
         for _ in 0..ROUNDS {
             let round = self.step(Hears::Repairs, async |checker| checker.mend_round().await);
             if !round.await? {
@@ -291,8 +292,8 @@ impl Checker<'_> {
             self.voice = Voice::Silent;
             // Where refcounts stay wrong, flags that follow from them would be wrong, too.
             let flags = match fix {
-                Fix::Leaks if self.report.corruptions > 0 => FixFlags::No,
-                _ => FixFlags::Yes,
+                Fix::Leaks if self.report.corruptions > 0 => FixFlags::Sole,
+                _ => FixFlags::All,
             };
             self.check_copied(&counts, flags).await?;
             start = counts.window().end;

@@ -1,0 +1,8 @@
+//! See `bodies::dirty`.
+#![no_main]
+
+#[path = "../bodies/mod.rs"]
+#[allow(dead_code)]
+mod bodies;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| bodies::dirty(bytes));
