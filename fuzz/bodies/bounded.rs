@@ -10,8 +10,9 @@ use seethrough::units::HostOffset;
 /// How far a hostile image may make its file grow.
 const LARGEST_FILE: u64 = 64 << 20;
 
-/// Operations on the file that one body may take: honest images take some thousands.
-const OPERATIONS: u64 = 200_000;
+/// Operations on the file that one body may take: honest images take some thousands, and a repair reads a table of the
+/// most snapshots there may be, entry by entry, in each of its passes.
+const OPERATIONS: u64 = 2_000_000;
 
 pub struct Bounded {
     bytes: MemoryStorage,
