@@ -98,13 +98,23 @@ impl Checker<'_> {
             return Ok(false);
         }
         let bytes = self.read(at, len).await?;
-        let copy = self.append(&bytes).await?;
+        let copy = self.append(&self.mended_l1(&bytes)).await?;
         self.storage.flush().await?;
         self.header.l1_table_offset = copy;
         self.write_header().await?;
         let text = format!("the L1 table at {at:#x} is something else, too: copied to {copy:#x}");
         self.tell(Severity::Repair, text);
         Ok(true)
+    }
+
+    /// An L1 table with all its entries mended. (A copy of one that led behind the end of the file would lead to what
+    /// is appended next.)
+    pub(super) fn mended_l1(&self, table: &[u8]) -> Vec<u8> {
+        let (words, _) = table.as_chunks::<8>();
+        let mended = words
+            .iter()
+            .map(|word| judge_l1(&self.bounds, u64::from_be_bytes(*word)).mended);
+        mended.flat_map(u64::to_be_bytes).collect()
     }
 
     /// Mends all entries that a window's counts tell enough about; the answer is whether anything has changed.
@@ -315,5 +325,46 @@ mod tests {
         let buf = IoBuf::zeroed(1 << 20);
         block_on(open(&storage, Access::ReadOnly).read(GuestOffset(0), buf.clone())).unwrap();
         assert!(buf.to_vec().iter().all(|byte| *byte == 7));
+    }
+
+    #[test]
+    fn a_copy_of_an_l1_table_does_not_lead_to_what_is_appended() {
+        const COPIED: u64 = 1 << 63;
+        let storage = Arc::new(MemoryStorage::default());
+        let options = CreateOptions {
+            cluster_size: 4096,
+            ..CreateOptions::new(8 << 20)
+        };
+        block_on(create(storage.as_ref(), &options)).unwrap();
+        let disk = open(&storage, Access::ReadWrite);
+        let data = IoBuf::from_bytes(&vec![7; 64 << 10]);
+        block_on(disk.write(GuestOffset(0), data)).unwrap();
+        block_on(disk.flush()).unwrap();
+        drop(disk);
+        let bytes = storage.contents();
+        let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+        let l1 = word(40);
+        let l2 = word(usize::try_from(l1).unwrap()) & !COPIED;
+        let put = |at: u64, word: u64| {
+            let word = IoBuf::from_bytes(&word.to_be_bytes());
+            block_on(storage.writev(HostOffset(at), word)).unwrap();
+        };
+        // An entry that leads right behind the end of the file, and an L1 table that is data, too.
+        put(l1 + 8, bytes.len() as u64 | COPIED);
+        put(l2 + 20 * 8, l1 | COPIED);
+        let repaired = block_on(repair(
+            storage.as_ref(),
+            Repair::All,
+            &mut |_| {},
+            &Progress::default(),
+        ));
+        assert!(repaired.unwrap().after.is_clean());
+        let read = |at: u64, len: usize| {
+            let buf = IoBuf::zeroed(len);
+            block_on(open(&storage, Access::ReadOnly).read(GuestOffset(at), buf.clone())).unwrap();
+            buf.to_vec()
+        };
+        assert!(read(0, 64 << 10).iter().all(|byte| *byte == 7));
+        assert!(read(2 << 20, 64 << 10).iter().all(|byte| *byte == 0));
     }
 }

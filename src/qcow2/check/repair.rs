@@ -348,7 +348,7 @@ impl Checker<'_> {
             let is_shared = |cluster| counts.covers(cluster) && counts.get(cluster) > times;
             if self.bounds.holds(at.0, entries * 8) && clusters.any(is_shared) {
                 let bytes = self.read(at, entries * 8).await?;
-                snapshot.l1_table_offset = self.append(&bytes).await?;
+                snapshot.l1_table_offset = self.append(&self.mended_l1(&bytes)).await?;
                 is_changed = true;
             }
         }
