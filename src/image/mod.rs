@@ -152,7 +152,7 @@ pub trait Image: Any + Send + Sync {
     /// Makes every write that completed before this call durable.
     fn flush(&self) -> ImageFuture<'_>;
 
-    /// Says that writing has ended, at least for now: makes everything durable, and the image one that was closed
+    /// Says that writing has ended, until the next write: makes everything durable, and the image one that was closed
     /// cleanly. Nothing may be under way that changes the disk.
     fn close(&self) -> ImageFuture<'_> {
         self.flush()

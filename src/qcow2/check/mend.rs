@@ -296,8 +296,8 @@ mod tests {
         block_on(Qcow2::open(storage, None, access)).unwrap()
     }
 
-    #[test]
-    fn what_a_repair_appends_is_no_part_of_a_table_that_leaves_the_file() {
+    /// An image of 8 MiB that begins with so many sevens.
+    fn image_with(data: usize) -> Arc<MemoryStorage> {
         let storage = Arc::new(MemoryStorage::default());
         let options = CreateOptions {
             cluster_size: 4096,
@@ -305,10 +305,16 @@ mod tests {
         };
         block_on(create(storage.as_ref(), &options)).unwrap();
         let disk = open(&storage, Access::ReadWrite);
-        let data = IoBuf::from_bytes(&vec![7; 1 << 20]);
+        let data = IoBuf::from_bytes(&vec![7; data]);
         block_on(disk.write(GuestOffset(0), data)).unwrap();
         block_on(disk.flush()).unwrap();
         drop(disk);
+        storage
+    }
+
+    #[test]
+    fn what_a_repair_appends_is_no_part_of_a_table_that_leaves_the_file() {
+        let storage = image_with(1 << 20);
         // An L1 table of 2 MiB, almost all of it data and what lies behind the end of the file.
         let size = IoBuf::from_bytes(&(1u32 << 18).to_be_bytes());
         block_on(storage.writev(HostOffset(36), size)).unwrap();
@@ -330,17 +336,7 @@ mod tests {
     #[test]
     fn a_copy_of_an_l1_table_does_not_lead_to_what_is_appended() {
         const COPIED: u64 = 1 << 63;
-        let storage = Arc::new(MemoryStorage::default());
-        let options = CreateOptions {
-            cluster_size: 4096,
-            ..CreateOptions::new(8 << 20)
-        };
-        block_on(create(storage.as_ref(), &options)).unwrap();
-        let disk = open(&storage, Access::ReadWrite);
-        let data = IoBuf::from_bytes(&vec![7; 64 << 10]);
-        block_on(disk.write(GuestOffset(0), data)).unwrap();
-        block_on(disk.flush()).unwrap();
-        drop(disk);
+        let storage = image_with(64 << 10);
         let bytes = storage.contents();
         let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
         let l1 = word(40);
