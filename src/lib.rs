@@ -19,13 +19,14 @@
 //! copy-on-write, compressed clusters, composed blocks) is a future on the worker's own executor, so
 //! that a miss never blocks another request.
 //!
-//! Imports point down this list only: `cli` → `vhost_user` → `virtio_blk` → `view` → `jobs` → `chain` →
+//! Imports point down this list only: `cli` → `control` → `vhost_user` → `virtio_blk` → `view` → `jobs` → `chain` →
 //! {`qcow2`, `ext4`, `partition`} → `image` → `storage` → `sys`. [`units`], [`error`], [`metrics`] and [`progress`] are
 //! leaves.
 //! Modules of one layer do not know each other.
 
 pub mod chain;
 pub mod cli;
+pub mod control;
 pub mod error;
 pub mod ext4;
 pub mod image;

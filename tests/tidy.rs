@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 /// The layers, top first: a module imports only from those after it, or from the leaves.
 const LAYERS: &[&[&str]] = &[
     &["cli"],
+    &["control"],
     &["vhost_user"],
     &["virtio_blk"],
     &["view"],

@@ -4,13 +4,21 @@ use std::sync::Arc;
 
 use super::vm_options::VmOptions;
 use crate::chain::host::{HostOptions, Locking};
-use crate::chain::registry::{DiskRequest, Registry};
+use crate::chain::registry::{DiskRequest, Registry, Source};
 use crate::error::{Context, Result};
-use crate::image::{Access, Image};
+use crate::image::Access;
 use crate::qcow2::cache_budget::CacheSize;
 use crate::storage::CacheMode;
 use crate::sys::block_on;
-use crate::view::declared::Views;
+use crate::view::declared::{Served, Views};
+
+/// A VM's disk.
+pub(super) struct Disk {
+    /// What the VM is served.
+    pub(super) served: Served,
+    /// The images that it is made of, topmost first.
+    pub(super) images: Vec<String>,
+}
 
 /// Opens the disk of every VM, in their order: what each may see of it, if it shares it with others.
 ///
@@ -20,7 +28,7 @@ pub(super) fn open_disks(
     vms: &[VmOptions],
     cache: CacheMode,
     metadata: CacheSize,
-) -> Result<Vec<Arc<dyn Image>>> {
+) -> Result<Vec<Disk>> {
     let locking = Locking::Lock;
     let registry = Registry::with_metadata_cache(HostOptions { cache, locking }, metadata);
     let requests: Vec<DiskRequest> = vms.iter().map(request).collect();
@@ -29,11 +37,20 @@ pub(super) fn open_disks(
         let mut family = Views::default();
         let mut views = Vec::with_capacity(disks.len());
         for (vm, disk) in vms.iter().zip(&disks) {
-            let view = family.view_of(&vm.name, disk).await;
-            views.push(view.context(|| format!("vm {}", vm.name))?);
+            let served = family.view_of(&vm.name, disk).await;
+            views.push(Disk {
+                served: served.context(|| format!("vm {}", vm.name))?,
+                images: chain_of(&disk.source),
+            });
         }
         Ok(views)
     })
+}
+
+fn chain_of(top: &Arc<Source>) -> Vec<String> {
+    std::iter::successors(Some(top), |source| source.backing.as_ref())
+        .map(|source| source.path.display().to_string())
+        .collect()
 }
 
 fn request(vm: &VmOptions) -> DiskRequest {

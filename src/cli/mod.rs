@@ -100,6 +100,8 @@ verbs! {
     Dump in dump;
     /// Serve disks to VMs over vhost-user
     Serve in serve;
+    /// Show whom a running daemon serves, and what it has done
+    Status in status;
     /// Reserve parts of a base for its children
     Prepare in prepare;
     /// Show which regions there are, whose they are and how full

@@ -3,6 +3,7 @@
 use std::num::NonZero;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -12,11 +13,12 @@ use super::options::parse_size;
 use super::output;
 use super::vm_options::{VmOptions, check_apart, read_config};
 use crate::chain::format::Format;
+use crate::control::{ControlSocket, Daemon, Served};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::cache_budget::CacheSize;
 use crate::storage::CacheMode;
 use crate::sys::take_inherited_fd;
-use crate::vhost_user::{Endpoint, MAX_QUEUES, Server, Vm};
+use crate::vhost_user::{Audience, Endpoint, Listener, MAX_QUEUES, Server, Vm};
 
 /// The option that asks what the program can do, whatever else is on the command line.
 pub(super) const PRINT_CAPABILITIES: &str = "--print-capabilities";
@@ -85,6 +87,10 @@ pub struct Serve {
     #[arg(long, value_name = "SIZE|full", value_parser = parse_cache_size)]
     l2_cache_size: Option<CacheSize>,
 
+    /// Listen at this Unix socket for what an operator asks, as `seethrough status` does; only this user can connect
+    #[arg(long, value_name = "PATH")]
+    control_socket: Option<PathBuf>,
+
     /// Log this and worse to standard error: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log_level: log::LevelFilter,
@@ -144,16 +150,24 @@ impl Serve {
         let mut server = Server::new()?;
         let disks = open_disks(&vms, self.cache.into(), self.l2_cache_size.unwrap_or_default())?;
         let mut ready = Vec::with_capacity(vms.len());
+        let mut served = Vec::with_capacity(vms.len());
         for (options, disk) in vms.iter().zip(disks) {
             let queue_count = options.num_queues.or(self.num_queues).unwrap_or_else(default_queue_count);
             let queue_size = options.queue_size.or(self.queue_size).unwrap_or(DEFAULT_QUEUE_SIZE);
-            ready.push(Vm::new(&options.name, disk, options.serial(), queue_count, queue_size)?);
+            let image = disk.served.image();
+            let vm = Arc::new(Vm::new(&options.name, image, options.serial(), queue_count, queue_size)?);
+            ready.push(Arc::clone(&vm));
+            served.push(Served { vm, view: disk.served.view().cloned(), images: disk.images });
         }
         // Nobody can connect before all is well.
         let endpoints = match inherited {
             Some(endpoint) => vec![endpoint],
             None => vms.iter().map(|vm| Endpoint::listen(&vm.socket)).collect::<Result<_>>()?,
         };
+        if let Some(path) = &self.control_socket {
+            let listener = Listener::bind(path, Audience::Owner)?;
+            server.end_with(ControlSocket::serve(listener, Arc::new(Daemon::new(served)))?);
+        }
         for (vm, endpoint) in ready.into_iter().zip(endpoints) {
             log::info!("{}: serving {}", vm.name(), vm.device().image().name());
             server.add(vm, endpoint)?;

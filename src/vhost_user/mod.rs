@@ -29,7 +29,7 @@ mod vring;
 mod worker;
 
 pub use server::{Server, Vm};
-pub use socket::Endpoint;
+pub use socket::{Audience, Endpoint, Listener};
 
 /// The most entries of a vring.
 pub const MAX_QUEUE_SIZE: u16 = 1024;

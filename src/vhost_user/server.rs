@@ -3,10 +3,12 @@
 //! One front-end is served per VM at a time; others wait in the listener's backlog until it has left. A signal to end
 //! lets every request that was taken end, closes every disk and removes the socket files.
 
+use std::any::Any;
 use std::io::ErrorKind as IoErrorKind;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
@@ -37,6 +39,16 @@ pub struct Vm {
     queue_count: u16,
     queue_size: u16,
     counters: Arc<QueueCounters>,
+    connected: AtomicBool,
+}
+
+/// Says that a front-end is connected, until it is dropped.
+pub(super) struct Connection<'a>(&'a AtomicBool);
+
+impl Drop for Connection<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
 }
 
 impl Vm {
@@ -72,6 +84,7 @@ impl Vm {
             queue_count,
             queue_size,
             counters: Arc::default(),
+            connected: AtomicBool::new(false),
         })
     }
 
@@ -91,6 +104,18 @@ impl Vm {
     #[must_use]
     pub fn counters(&self) -> &Arc<QueueCounters> {
         &self.counters
+    }
+
+    /// Whether a front-end is connected.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Relaxed)
+    }
+
+    /// Notes that a front-end has connected.
+    pub(super) fn connection(&self) -> Connection<'_> {
+        self.connected.store(true, Ordering::Relaxed);
+        Connection(&self.connected)
     }
 
     pub(super) fn queue_count(&self) -> u16 {
@@ -121,6 +146,7 @@ pub struct Server {
     signals: SignalFd,
     ended: Receiver<usize>,
     notice: Notice,
+    companions: Vec<Box<dyn Any>>,
 }
 
 /// Tells the main thread that a session has ended.
@@ -173,6 +199,7 @@ impl Server {
             signals,
             ended,
             notice,
+            companions: Vec::new(),
         })
     }
 
@@ -180,7 +207,8 @@ impl Server {
     ///
     /// # Errors
     /// If its socket cannot be waited for.
-    pub fn add(&mut self, vm: Vm, endpoint: Endpoint) -> Result<()> {
+    pub fn add(&mut self, vm: impl Into<Arc<Vm>>, endpoint: Endpoint) -> Result<()> {
+        let vm = vm.into();
         let index = self.ports.len();
         let fail = |error: std::io::Error| {
             Error::io(format!("{}: waiting for a front-end", vm.name), error)
@@ -192,14 +220,14 @@ impl Server {
                     .add(listener.socket(), once(index))
                     .map_err(|error| fail(error.into()))?;
                 self.ports.push(Port {
-                    vm: Arc::new(vm),
+                    vm,
                     listener: Some(listener),
                     session: None,
                 });
             }
             Endpoint::Connected(stream) => {
                 self.ports.push(Port {
-                    vm: Arc::new(vm),
+                    vm,
                     listener: None,
                     session: None,
                 });
@@ -207,6 +235,11 @@ impl Server {
             }
         }
         Ok(())
+    }
+
+    /// Drops `companion` when serving ends, before any disk is closed: what uses the disks beside the VMs.
+    pub fn end_with(&mut self, companion: impl Any) {
+        self.companions.push(Box::new(companion));
     }
 
     /// Serves until SIGTERM or SIGINT, or until no front-end can come any more; then ends all sessions.
@@ -328,6 +361,7 @@ impl Server {
 
     /// Ends every session, makes every disk durable and removes the socket files.
     fn end(mut self) -> Result<()> {
+        self.companions.clear();
         for port in &mut self.ports {
             port.listener = None;
             if let Some(session) = &port.session {

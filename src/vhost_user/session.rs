@@ -14,6 +14,7 @@ use crate::sys::block_on;
 /// its guest was told is written is on the host's disk.
 pub(super) fn serve(vm: &Arc<Vm>, stream: UnixStream) {
     log::info!("{}: a front-end has connected", vm.name());
+    let _connection = vm.connection();
     vm.device().reset();
     let begun = block_on(vm.device().image().begin_session());
     if let Err(error) = begun {
@@ -33,7 +34,7 @@ pub(super) fn serve(vm: &Arc<Vm>, stream: UnixStream) {
             vm.name()
         ),
     }
-    log::debug!("{}: {}", vm.name(), vm.counters());
+    log::debug!("{}: {}", vm.name(), vm.counters().totals());
     if let Err(error) = flush(vm) {
         log::error!("{error}");
     }

@@ -1,15 +1,17 @@
-//! Where front-ends connect: a socket of our own making, or one that was handed over.
+//! Where others connect: a socket of our own making, or one that was handed over.
 
 use std::fs;
 use std::io::ErrorKind as IoErrorKind;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::sys::socket::{
-    AddressFamily, SockaddrLike, SockaddrStorage, getsockname, getsockopt, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, bind,
+    getsockname, getsockopt, socket, sockopt,
 };
+use nix::sys::stat::{Mode, fchmod};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -20,6 +22,15 @@ pub enum Endpoint {
     Listener(Listener),
     /// A connection that exists already; when it ends, none follows.
     Connected(UnixStream),
+}
+
+/// Who may connect to a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Audience {
+    /// Whom the umask lets.
+    ByUmask,
+    /// The user that made it, and nobody else.
+    Owner,
 }
 
 /// A listening socket, and its file if we made it.
@@ -54,20 +65,7 @@ impl Endpoint {
     /// # Errors
     /// If somebody listens there, something else than a socket is there, or the socket cannot be made.
     pub fn listen(path: &Path) -> Result<Self> {
-        let fail = |what: &str, error| Error::io(format!("{}: {what}", path.display()), error);
-        remove_stale(path)?;
-        let socket = UnixListener::bind(path).map_err(|error| fail("listening", error))?;
-        let made =
-            fs::symlink_metadata(path).map_err(|error| fail("looking at the new socket", error))?;
-        let file = SocketFile {
-            path: path.to_owned(),
-            device: made.dev(),
-            inode: made.ino(),
-        };
-        Ok(Self::Listener(Listener {
-            socket,
-            _file: Some(file),
-        }))
+        Listener::bind(path, Audience::ByUmask).map(Self::Listener)
     }
 
     /// Takes a stream socket over that listens or is connected.
@@ -81,12 +79,12 @@ impl Endpoint {
                 format!("--fd is no Unix stream socket: {why}"),
             )
         };
-        let address: SockaddrStorage = getsockname(std::os::fd::AsRawFd::as_raw_fd(&fd))
-            .map_err(|error| refuse(error.to_string()))?;
+        let address: SockaddrStorage =
+            getsockname(fd.as_raw_fd()).map_err(|error| refuse(error.to_string()))?;
         if address.family() != Some(AddressFamily::Unix) {
             return Err(refuse("it belongs to another address family".to_owned()));
         }
-        if getsockopt(&fd, sockopt::SockType).ok() != Some(nix::sys::socket::SockType::Stream) {
+        if getsockopt(&fd, sockopt::SockType).ok() != Some(SockType::Stream) {
             return Err(refuse("it is of another type".to_owned()));
         }
         let listens =
@@ -103,10 +101,43 @@ impl Endpoint {
 }
 
 impl Listener {
+    /// Listens at `path` to `audience`. A socket file that nobody listens at is replaced; ours goes with the listener.
+    ///
+    /// # Errors
+    /// As [`Endpoint::listen`].
+    pub fn bind(path: &Path, audience: Audience) -> Result<Self> {
+        let fail = |what: &str, error| Error::io(format!("{}: {what}", path.display()), error);
+        remove_stale(path)?;
+        let socket = listen(path, audience).map_err(|error| fail("listening", error))?;
+        let made =
+            fs::symlink_metadata(path).map_err(|error| fail("looking at the new socket", error))?;
+        let file = SocketFile {
+            path: path.to_owned(),
+            device: made.dev(),
+            inode: made.ino(),
+        };
+        Ok(Self {
+            socket,
+            _file: Some(file),
+        })
+    }
+
     /// The socket.
-    pub(super) fn socket(&self) -> &UnixListener {
+    pub fn socket(&self) -> &UnixListener {
         &self.socket
     }
+}
+
+fn listen(path: &Path, audience: Audience) -> std::io::Result<UnixListener> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    if audience == Audience::Owner {
+        // The file is made with the mode of its socket, so there is no moment in which others could connect.
+        fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    }
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    nix::sys::socket::listen(&socket, Backlog::MAXCONN)?;
+    Ok(socket.into())
 }
 
 /// Removes a socket file whose listener is gone.

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use super::declaration::{
     BaseDeclaration, ChildDeclaration, Declaration, GroupList, MAX_DECLARATION_BYTES,
 };
+use super::disk::View;
 use super::merged::Merged;
 use super::open::{SharedBase, child_territory, open_base, open_child};
 use super::probe::Probe;
@@ -34,24 +35,53 @@ pub struct Views {
     bases: HashMap<FileId, Arc<SharedBase>>,
 }
 
+/// What a VM is served.
+pub enum Served {
+    /// Its view of a disk that it shares.
+    Shared(Arc<View>),
+    /// The image as it is: it shares nothing.
+    Alone(Arc<dyn Image>),
+}
+
+impl Served {
+    /// The disk.
+    #[must_use]
+    pub fn image(&self) -> Arc<dyn Image> {
+        match self {
+            Self::Shared(view) => Arc::clone(view) as Arc<dyn Image>,
+            Self::Alone(image) => Arc::clone(image),
+        }
+    }
+
+    /// The view, if the disk is shared.
+    #[must_use]
+    pub fn view(&self) -> Option<&Arc<View>> {
+        match self {
+            Self::Shared(view) => Some(view),
+            Self::Alone(_) => None,
+        }
+    }
+}
+
 impl Views {
     /// What a VM is served: its view of a shared disk, or the image as it is if it shares nothing.
     ///
     /// # Errors
     /// If a declaration cannot be read, or does not fit the disk: nothing is served then.
-    pub async fn view_of(&mut self, vm: &str, disk: &OpenImage) -> Result<Arc<dyn Image>> {
+    pub async fn view_of(&mut self, vm: &str, disk: &OpenImage) -> Result<Served> {
         match declaration_of(&disk.source)? {
-            None => Ok(Arc::clone(&disk.image)),
+            None => Ok(Served::Alone(Arc::clone(&disk.image))),
             Some(Declaration::Base(declaration)) => {
                 let image = Arc::clone(&disk.image);
                 let base = self.shared(disk.source.id, image, declaration).await?;
-                Ok(Arc::new(open_base(vm, &base).await?))
+                Ok(Served::Shared(Arc::new(open_base(vm, &base).await?)))
             }
             Some(Declaration::Child(child)) => {
                 let (source, image, declaration) = base_of(disk)?;
                 let base = self.shared(source.id, image, declaration).await?;
                 let overlay = Arc::clone(&disk.image);
-                Ok(Arc::new(open_child(vm, overlay, &child, &base).await?))
+                let view = open_child(vm, overlay, &child, &base).await?;
+                Ok(Served::Shared(Arc::new(view)))
             }
         }
     }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::journal::Committed;
 use super::refusal::{Answer, Operation, Refusal, Refusals};
 use super::route::{Piece, Pieces, Route, Treatment};
-use super::territory::{Filesystem, Territory};
+use super::territory::{Filesystem, Side, Territory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Allocation, Image, ImageFuture, Limits, Mapped};
 use crate::storage::{RangeLock, ZeroMode};
@@ -104,6 +104,12 @@ impl View {
     #[must_use]
     pub fn refusals(&self) -> &Arc<Refusals> {
         &self.refusals
+    }
+
+    /// Which of the VMs that share the disk this one is.
+    #[must_use]
+    pub fn side(&self) -> Side {
+        self.territory.side()
     }
 
     /// The filesystem, which is there wherever a piece of it is composed.

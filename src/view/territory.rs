@@ -76,6 +76,12 @@ impl Territory {
         }
     }
 
+    /// Which of the VMs it is.
+    #[must_use]
+    pub fn side(&self) -> Side {
+        self.side
+    }
+
     /// The shared filesystem, if there is one.
     #[must_use]
     pub fn filesystem(&self) -> Option<&Filesystem> {
