@@ -75,6 +75,11 @@ impl DataFile {
 }
 
 impl DataFile {
+    /// The file.
+    pub(super) fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
     /// The file, to open the image anew with it.
     pub(super) fn into_storage(self) -> Arc<dyn Storage> {
         self.storage

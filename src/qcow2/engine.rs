@@ -131,7 +131,22 @@ impl Qcow2 {
         access: Access,
         budget: &Arc<CacheBudget>,
     ) -> Result<Self> {
-        let mut header = Header::read(storage.as_ref()).await?;
+        let header = Header::read(storage.as_ref()).await?;
+        Self::open_with_header(storage, data, backing, access, budget, header).await
+    }
+
+    /// As [`Qcow2::open_sharing`], with a header that has been read, and perhaps made to lead to a snapshot.
+    ///
+    /// # Errors
+    /// As [`Qcow2::open`].
+    pub(super) async fn open_with_header(
+        storage: Arc<dyn Storage>,
+        data: Option<Arc<dyn Storage>>,
+        backing: Option<Arc<dyn Image>>,
+        access: Access,
+        budget: &Arc<CacheBudget>,
+        mut header: Header,
+    ) -> Result<Self> {
         match access {
             Access::ReadOnly => header.require_readable()?,
             Access::ReadWrite => {

@@ -5,21 +5,39 @@
 //! 1. Whoever looks up a mapping takes a token *before* the lookup and keeps it until the I/O has ended.
 //! 2. [`Grace::turn`] starts a new epoch; a token of the old one can no longer be taken once it has returned. So
 //!    what was unlinked before the turn is only known to holders of tokens of that epoch or earlier ones.
-//! 3. [`Epoch::has_ended`] is true only once all those tokens are gone.
+//! 3. Every token holds its epoch's lock for reading. So [`Epoch::has_ended`] is true only once all those tokens are
+//!    gone, and [`Grace::all_ended`] is ready once those of all epochs so far are.
 //!
 //! Tokens are handed out from several slots, one per thread as far as they go, so that threads do not fight for
 //! one cache line on every request.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use async_lock::RwLockReadGuardArc;
 
 use crate::image::InFlight;
 
 const SLOTS: usize = 16;
 
+/// Held for reading by every token of an epoch.
+type EpochLock = async_lock::RwLock<()>;
+
 /// Something to count references to.
 #[derive(Debug)]
-struct Token;
+struct Token {
+    _epoch: RwLockReadGuardArc<()>,
+}
+
+impl Token {
+    /// A token of the present epoch or of the one that comes next.
+    fn of(epoch: &Arc<EpochLock>) -> Arc<Self> {
+        let held = epoch.try_read_arc();
+        Arc::new(Self {
+            _epoch: held.expect("nobody waits for an epoch that is not over"),
+        })
+    }
+}
 
 /// A slot on cache lines of its own.
 #[derive(Debug)]
@@ -30,18 +48,29 @@ struct Slot(RwLock<Arc<Token>>);
 #[derive(Debug)]
 pub(super) struct Grace {
     slots: [Slot; SLOTS],
+    epochs: Mutex<Epochs>,
+}
+
+#[derive(Debug)]
+struct Epochs {
+    present: Arc<EpochLock>,
+    /// Those that are over, as far as tokens of them may still be held.
+    past: Vec<Arc<EpochLock>>,
 }
 
 /// An epoch that is over: no token of it is handed out any more, but some may still be held.
 #[derive(Debug)]
-pub(super) struct Epoch {
-    tokens: Vec<Arc<Token>>,
-}
+pub(super) struct Epoch(Arc<EpochLock>);
 
 impl Default for Grace {
     fn default() -> Self {
+        let present = Arc::default();
         Self {
-            slots: std::array::from_fn(|_| Slot(RwLock::new(Arc::new(Token)))),
+            slots: std::array::from_fn(|_| Slot(RwLock::new(Token::of(&present)))),
+            epochs: Mutex::new(Epochs {
+                present,
+                past: Vec::new(),
+            }),
         }
     }
 }
@@ -56,28 +85,37 @@ impl Grace {
 
     /// Starts a new epoch and returns the one that is over.
     pub(super) fn turn(&self) -> Epoch {
-        let tokens = self
-            .slots
-            .iter()
-            .map(|slot| {
-                let mut token = slot.0.write().unwrap_or_else(PoisonError::into_inner);
-                std::mem::replace(&mut *token, Arc::new(Token))
-            })
-            .collect();
-        Epoch { tokens }
+        let next = Arc::default();
+        // Two that turn at once do so one after the other: all slots are of one epoch, then all of the next.
+        let mut epochs = self.lock_epochs();
+        for slot in &self.slots {
+            let mut token = slot.0.write().unwrap_or_else(PoisonError::into_inner);
+            *token = Token::of(&next);
+        }
+        let over = std::mem::replace(&mut epochs.present, next);
+        epochs.past.retain(|epoch| epoch.try_write().is_none());
+        epochs.past.push(Arc::clone(&over));
+        Epoch(over)
+    }
+
+    /// Waits until all I/O has ended that began before.
+    pub(super) async fn all_ended(&self) {
+        self.turn();
+        let past = self.lock_epochs().past.clone();
+        for epoch in past {
+            drop(epoch.write().await);
+        }
+    }
+
+    fn lock_epochs(&self) -> MutexGuard<'_, Epochs> {
+        self.epochs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Epoch {
-    /// Whether every token of the epoch is gone.
+    /// Whether every token of the epoch is gone. What their holders did is visible then.
     pub(super) fn has_ended(&self) -> bool {
-        // The token's drop releases, `strong_count` is relaxed: the fence makes what its holder did visible.
-        let ended = self
-            .tokens
-            .iter()
-            .all(|token| Arc::strong_count(token) == 1);
-        std::sync::atomic::fence(Ordering::Acquire);
-        ended
+        self.0.try_write().is_some()
     }
 }
 
@@ -92,6 +130,8 @@ fn own_slot() -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::future::Future;
+
     use super::*;
 
     #[test]
@@ -108,5 +148,24 @@ mod tests {
         drop(other_thread);
         assert!(epoch.has_ended());
         drop(late);
+    }
+
+    #[test]
+    fn waiting_for_all_io_ends_with_the_last_token_of_any_epoch_before() {
+        let grace = Grace::default();
+        let first = grace.enter();
+        let epoch = grace.turn();
+        let second = grace.enter();
+        let mut ended = Box::pin(grace.all_ended());
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(ended.as_mut().poll(&mut context).is_pending());
+        let _late = grace.enter();
+        drop(second);
+        assert!(ended.as_mut().poll(&mut context).is_pending());
+        std::thread::scope(|scope| {
+            scope.spawn(move || drop(first));
+            crate::sys::block_on(ended);
+        });
+        assert!(epoch.has_ended());
     }
 }

@@ -73,6 +73,16 @@ impl L1Table {
         }
     }
 
+    /// Whether both lead to the same L2 tables, which are nobody's own. What one table has beyond the other is empty.
+    pub(super) fn has_same_tables(&self, other: &Self) -> bool {
+        let word = |table: &Self, index| {
+            let word: Option<&AtomicU64> = table.words.get(index);
+            word.map_or(0, |word| word.load(Ordering::Acquire))
+        };
+        (0..self.words.len().max(other.words.len()))
+            .all(|index| word(self, index) == word(other, index))
+    }
+
     /// All L2 tables that the entries point to.
     pub(super) fn tables(&self) -> impl Iterator<Item = HostOffset> {
         (0..self.words.len()).filter_map(|index| self.get(index).ok()?.table)

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! `check` works on a file that nobody has open. `snapshot` and `resize` change an image as a whole, each by one new
-//! `revision` of its metadata.
+//! `revision` of its metadata; `online` does so while VMs use the image.
 //!
 //! The crash order is in the `flush` module, the lock order in `engine`.
 
@@ -44,6 +44,7 @@ pub(crate) mod join;
 mod l1;
 mod l2_table;
 mod mapping;
+mod online;
 mod packing;
 pub mod preallocate;
 mod quarantine;
@@ -63,3 +64,4 @@ mod zero;
 mod zeros;
 
 pub use engine::Qcow2;
+pub use online::OnlineQcow2;

@@ -93,17 +93,20 @@ impl Qcow2 {
     /// The image opened anew, as its header is now.
     ///
     /// # Errors
-    /// As [`Qcow2::open_with_data`].
+    /// As [`Qcow2::open_sharing`].
     pub(super) async fn reopened(self) -> Result<Self> {
         let Self {
             storage,
             data_file,
             backing,
             access,
+            l2,
             ..
         } = self;
+        let budget = Arc::clone(l2.budget());
+        drop(l2);
         let data = data_file.map(DataFile::into_storage);
-        Self::open_with_data(storage, data, backing, access).await
+        Self::open_sharing(storage, data, backing, access, &budget).await
     }
 }
 

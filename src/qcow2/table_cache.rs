@@ -154,6 +154,11 @@ impl TableCache {
         self.budget.set_limit(bytes.max(2 * self.slice_size()));
     }
 
+    /// The bound that the cache keeps, perhaps with others.
+    pub(super) fn budget(&self) -> &Arc<CacheBudget> {
+        &self.budget
+    }
+
     /// Bytes of a slice.
     pub(super) fn slice_size(&self) -> u64 {
         self.slices.slice_size

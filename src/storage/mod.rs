@@ -10,6 +10,7 @@ mod lock;
 mod memory;
 mod range_lock;
 mod seeded;
+mod swappable;
 
 pub use crash::{CrashStorage, Lost, Moment};
 pub use fault::{Fault, FaultStorage, Operation};
@@ -19,6 +20,7 @@ pub use lock::LockRole;
 pub use memory::MemoryStorage;
 pub(crate) use range_lock::RangeLock;
 pub use seeded::Delays;
+pub(crate) use swappable::{Swappable, Using};
 
 use crate::sys::{HostFile, IoBuf};
 use crate::units::HostOffset;

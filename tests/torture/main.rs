@@ -13,6 +13,7 @@ mod engine;
 mod full_disk;
 mod guests;
 mod history;
+mod snapshots;
 mod stale;
 mod storage;
 mod threads;
