@@ -20,8 +20,8 @@
 //! that a miss never blocks another request.
 //!
 //! Imports point down this list only: `cli` → `control` → `vhost_user` → `virtio_blk` → `view` → `jobs` → `chain` →
-//! {`qcow2`, `ext4`, `partition`} → `image` → `storage` → `sys`. [`units`], [`error`], [`metrics`] and [`progress`] are
-//! leaves.
+//! {`qcow2`, `ext4`, `partition`} → `image` → `storage` → `sys`. [`units`], [`error`], [`metrics`], [`log_limit`] and
+//! [`progress`] are leaves.
 //! Modules of one layer do not know each other.
 
 pub mod chain;
@@ -31,6 +31,7 @@ pub mod error;
 pub mod ext4;
 pub mod image;
 pub mod jobs;
+pub mod log_limit;
 pub mod metrics;
 pub mod partition;
 pub mod progress;

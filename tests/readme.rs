@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::process::Command;
 
 const VERBS: &[&str] = &[
-    "serve", "status", "prepare", "create", "flatten", "info", "map", "convert", "snapshot",
-    "resize", "check", "measure", "compare", "rebase", "dump", "commit", "bench",
+    "serve", "status", "refusals", "prepare", "create", "flatten", "info", "map", "convert",
+    "snapshot", "resize", "check", "measure", "compare", "rebase", "dump", "commit", "bench",
 ];
 
 fn help(verb: &str) -> String {

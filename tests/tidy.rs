@@ -18,7 +18,7 @@ const LAYERS: &[&[&str]] = &[
     &["storage"],
     &["sys"],
 ];
-const LEAVES: &[&str] = &["units", "error", "metrics", "progress"];
+const LEAVES: &[&str] = &["units", "error", "metrics", "log_limit", "progress"];
 
 /// Lines in a file without its unit tests.
 const MAX_FILE_LINES: usize = 600;

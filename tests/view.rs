@@ -9,6 +9,8 @@
 
 #[path = "view/bed.rs"]
 mod bed;
+#[path = "view/file_search.rs"]
+mod file_search;
 #[path = "view/journal.rs"]
 mod journal;
 #[path = "view/overlay.rs"]

@@ -102,6 +102,8 @@ verbs! {
     Serve in serve;
     /// Show whom a running daemon serves, and what it has done
     Status in status;
+    /// Show which writes were refused, and whose files they were aimed at
+    Refusals in refusals;
     /// Reserve parts of a base for its children
     Prepare in prepare;
     /// Show which regions there are, whose they are and how full

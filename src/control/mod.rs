@@ -2,8 +2,8 @@
 //!
 //! # Protocol
 //!
-//! A Unix stream socket. A request is one line, a JSON object with the command's name and its arguments side by side; the
-//! answer is one line, too:
+//! A Unix stream socket. A request is one line, a JSON object with the command's name and its arguments side by side;
+//! the answer is one line, too:
 //!
 //! ```text
 //! → {"command": "refusals", "vm": "tom"}
@@ -22,17 +22,19 @@
 //!
 //! 1. A command runs on a thread of the socket's, never on one that serves a VM, and takes no lock that one of those
 //!    holds for longer than short work in memory.
-//! 2. What a client can take is bounded: [`MAX_CLIENTS`] threads, [`MAX_LINE`] bytes of a request, and what the commands
-//!    bound their reports to.
+//! 2. What a client can take is bounded: [`MAX_CLIENTS`] threads, [`MAX_LINE`] bytes of a request, and what the
+//!    commands bound their reports to.
 //! 3. Only the user that runs the daemon can connect, from the socket's first moment on.
 
 mod client;
 mod daemon;
+mod refusals;
 mod server;
 mod status;
 
 pub use client::call;
 pub use daemon::{Daemon, Served};
+pub use refusals::{KindCount, RefusalReport, Refusals, RefusedWrite, TargetFile, VmRefusals};
 pub use server::ControlSocket;
 pub use status::{Role, Status, StatusReport, VmStatus};
 
@@ -90,6 +92,7 @@ macro_rules! commands {
 
 commands! {
     status::Status,
+    refusals::Refusals,
 }
 
 fn carry_out<C: Command>(daemon: &Daemon, arguments: Map<String, Value>) -> Result<Value> {

@@ -1,4 +1,5 @@
-//! Writes that were refused: counted for each VM and kind of structure, and logged at a bounded rate.
+//! Writes that were refused: counted for each VM and kind of structure, kept for whoever asks, and logged at a bounded
+//! rate.
 //!
 //! # Invariants
 //!
@@ -8,9 +9,12 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
+use super::refusal_book::Shelf;
+pub use super::refusal_book::{Entry, MAX_ENTRIES};
+use crate::log_limit::LogLimit;
 use crate::units::{BlockGroup, GuestOffset, InodeNumber};
 
 /// What kind of structure a refused write was aimed at.
@@ -145,54 +149,13 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// Log lines of one kind that may come at once.
-const BURST: u32 = 16;
-/// The time after which one more may come.
-const REFILL: Duration = Duration::from_millis(500);
-
-/// How many more lines of one kind may be logged now.
-#[derive(Debug)]
-struct Allowance {
-    lines: u32,
-    since: Option<Instant>,
-    suppressed: u64,
-}
-
-impl Allowance {
-    const FULL: Self = Self {
-        lines: BURST,
-        since: None,
-        suppressed: 0,
-    };
-
-    /// Takes one line out; `Some` says how many were suppressed since the last one.
-    fn take(&mut self, now: Instant) -> Option<u64> {
-        let since = *self.since.get_or_insert(now);
-        let periods = now.saturating_duration_since(since).as_millis() / REFILL.as_millis();
-        if let Ok(periods) = u32::try_from(periods)
-            && periods < BURST
-        {
-            self.lines = self.lines.saturating_add(periods).min(BURST);
-            self.since = Some(since + REFILL * periods);
-        } else {
-            self.lines = BURST;
-            self.since = Some(now);
-        }
-        if self.lines == 0 {
-            self.suppressed = self.suppressed.saturating_add(1);
-            return None;
-        }
-        self.lines -= 1;
-        Some(std::mem::take(&mut self.suppressed))
-    }
-}
-
 /// The refusals of one VM.
 #[derive(Debug)]
 pub struct Refusals {
     vm: String,
     counts: [AtomicU64; Structure::ALL.len()],
-    allowances: Mutex<[Allowance; Structure::ALL.len()]>,
+    limits: [LogLimit; Structure::ALL.len()],
+    shelves: Mutex<[Shelf; Structure::ALL.len()]>,
 }
 
 impl Refusals {
@@ -202,7 +165,8 @@ impl Refusals {
         Self {
             vm: vm.into(),
             counts: Default::default(),
-            allowances: Mutex::new([const { Allowance::FULL }; Structure::ALL.len()]),
+            limits: Default::default(),
+            shelves: Mutex::default(),
         }
     }
 
@@ -224,18 +188,29 @@ impl Refusals {
         Structure::ALL.iter().map(|&s| self.count(s)).sum()
     }
 
+    /// What the refusals were aimed at: [`MAX_ENTRIES`] entries of each kind at most.
+    #[must_use]
+    pub fn entries(&self) -> Vec<Entry> {
+        let shelves = self.lock();
+        shelves.iter().flat_map(Shelf::entries).cloned().collect()
+    }
+
+    /// How many writes aimed at `structure` have been refused that no entry holds any more.
+    #[must_use]
+    pub fn others(&self, structure: Structure) -> u64 {
+        self.lock()[structure as usize].others()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, [Shelf; Structure::ALL.len()]> {
+        self.shelves.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Counts `refusal`, and logs it unless too many of its kind came of late.
     pub fn record(&self, refusal: &Refusal) {
         let kind = refusal.structure as usize;
         self.counts[kind].fetch_add(1, Ordering::Relaxed);
-        let allowed = {
-            let mut allowances = self
-                .allowances
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            allowances[kind].take(Instant::now())
-        };
-        match allowed {
+        self.lock()[kind].note(refusal, SystemTime::now());
+        match self.limits[kind].take() {
             Some(0) => log::warn!("vm {}: {refusal}", self.vm),
             Some(more) => log::warn!(
                 "vm {}: {refusal} ({more} more of this kind were not logged)",
@@ -284,26 +259,5 @@ mod tests {
         for (index, kind) in Structure::ALL.into_iter().enumerate() {
             assert_eq!(kind as usize, index);
         }
-    }
-
-    #[test]
-    fn a_flood_is_logged_in_bounded_lines_and_says_what_it_left_out() {
-        let start = Instant::now();
-        let mut allowance = Allowance::FULL;
-        let logged = (0..1000)
-            .filter(|_| allowance.take(start).is_some())
-            .count();
-        assert_eq!(logged, BURST as usize);
-        assert_eq!(
-            allowance.take(start + REFILL),
-            Some(1000 - u64::from(BURST))
-        );
-        assert_eq!(allowance.take(start + REFILL), None);
-        let later = start + REFILL * 1000;
-        assert_eq!(allowance.take(later), Some(1));
-        let logged = (0..1000)
-            .filter(|_| allowance.take(later).is_some())
-            .count();
-        assert_eq!(logged, BURST as usize - 1);
     }
 }

@@ -218,6 +218,11 @@ impl Filesystem {
         self.probe.journal_blocks()
     }
 
+    /// What was found on the base when the view was opened.
+    pub(super) fn probe(&self) -> &Probe {
+        &self.probe
+    }
+
     fn layout(&self) -> &Layout {
         self.probe.layout()
     }
