@@ -13,13 +13,16 @@
 //! 3. A refcount block is dirty in the cache before the refcount table in memory points to it.
 //! 4. No cluster from `untouched` on was ever written: the file ends before it.
 //! 5. A cluster that holds metadata is never handed out, whatever a broken image's refcounts say.
-//! 6. `packed_to` lies inside a cluster whose refcount is not 0, behind the compressed data in it.
+//! 6. The file does not grow beyond its `nominal` length while clusters that the disk had are to become free
+//!    (`awaited`): those are used again first, so that the commitment holds (`qcow2::commitment`).
+//! 7. `packed_to` lies inside a cluster whose refcount is not 0, behind the compressed data in it.
 //!
 //! Lock order: `state`, then the block cache's.
 
 use std::collections::{BTreeSet, HashSet};
 use std::hash::BuildHasherDefault;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::address_hash::AddressHasher;
@@ -74,7 +77,16 @@ pub(super) struct Allocator {
     /// The refcount blocks.
     pub(super) blocks: TableCache,
     state: Mutex<State>,
+    /// Clusters that every file comes to once all of the disk is allocated.
+    nominal: u64,
+    /// Clusters that the disk had for itself, and that are not free yet.
+    awaited: AtomicU64,
 }
+
+/// The source of the error for room that there will be once clusters have become free.
+#[derive(Debug, thiserror::Error)]
+#[error("clusters that the disk no longer uses are not free yet")]
+pub(super) struct AwaitsFreeing;
 
 /// What changes, under one lock.
 pub(super) struct State {
@@ -103,6 +115,8 @@ pub(super) struct Layout {
     pub(super) fixed: Vec<Range<u64>>,
     /// The L2 tables, those of snapshots included.
     pub(super) l2_tables: Vec<HostOffset>,
+    /// Clusters beyond which the file grows only if none is to become free.
+    pub(super) nominal: u64,
 }
 
 impl Allocator {
@@ -140,6 +154,8 @@ impl Allocator {
                 fixed,
                 tables,
             }),
+            nominal: layout.nominal,
+            awaited: AtomicU64::new(0),
         }
     }
 
@@ -150,12 +166,20 @@ impl Allocator {
     /// Takes up to `want` contiguous free clusters, at least one: the first free run.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] where refcounts and metadata contradict each other, [`ErrorKind::NoSpace`] at the end of
-    /// what the format can address.
+    /// [`ErrorKind::Corrupt`] where refcounts and metadata contradict each other; [`ErrorKind::NoSpace`] at the end of
+    /// what the format can address, and from [`AwaitsFreeing`] where others have to become free first.
     pub(super) fn try_take(&self, want: u64) -> Result<Answer<Run>> {
         let mut state = self.lock();
         loop {
             let next = state.next;
+            let bound = self.bound(&state);
+            if next >= bound {
+                return Err(Error::with_source(
+                    ErrorKind::NoSpace,
+                    "the image is as long as it is to become",
+                    AwaitsFreeing,
+                ));
+            }
             if next >= MAX_HOST_OFFSET / self.geometry.cluster_size() {
                 return Err(Error::new(
                     ErrorKind::NoSpace,
@@ -175,11 +199,11 @@ impl Allocator {
                 return Ok(Answer::Load(slice_at));
             };
             let order = self.geometry.refcount_order();
-            let free = slice.read(|bytes| {
-                first_free_run(bytes, within..clusters.end - clusters.start, want, order)
-            });
+            let end = clusters.end.min(bound);
+            let free = slice
+                .read(|bytes| first_free_run(bytes, within..end - clusters.start, want, order));
             let Some(free) = free else {
-                state.next = clusters.end;
+                state.next = end;
                 continue;
             };
             let run = clusters.start + free.start..clusters.start + free.end;
@@ -200,6 +224,25 @@ impl Allocator {
                 untouched,
             }));
         }
+    }
+
+    /// The first cluster that may not be taken now (invariant 6).
+    fn bound(&self, state: &State) -> u64 {
+        match self.awaited.load(Ordering::SeqCst) {
+            0 => u64::MAX,
+            _ => self.nominal.max(state.untouched),
+        }
+    }
+
+    /// Says that the disk no longer has so many clusters of its own, or a task those that it took, before they are
+    /// free.
+    pub(super) fn await_freeing(&self, clusters: u64) {
+        self.awaited.fetch_add(clusters, Ordering::SeqCst);
+    }
+
+    /// Says that so many of those are free now, or leaked.
+    pub(super) fn end_awaiting(&self, clusters: u64) {
+        self.awaited.fetch_sub(clusters, Ordering::SeqCst);
     }
 
     /// The refcount of a cluster.

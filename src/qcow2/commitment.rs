@@ -1,10 +1,8 @@
 //! The commitment of an image: the most that its file can come to, whatever the guest writes and in whatever order
 //! (qcow2 specification, "Cluster mapping", "Refcounts").
 //!
-//! Not in it: clusters that the guest has discarded wait for the next flush before they are used again
-//! (`qcow2::quarantine`), so a guest that discards and writes anew without a flush in between takes new ones meanwhile,
-//! some 32768 at most. And whoever allocates otherwise than invariant 3 says, as stock tools do where a request needs
-//! contiguous clusters, may leave gaps in the file.
+//! Whoever allocates otherwise than invariant 3 says, as stock tools do where a request needs contiguous clusters, may
+//! leave gaps in the file.
 //!
 //! ```text
 //! demand = guest clusters that cannot be written in place  +  L2 tables that are missing or shared
@@ -22,7 +20,10 @@
 //!    anew does so before the old ones go. Clusters that are leaked or hold snapshots stay.
 //! 3. Room is taken where the allocator takes it: the first free cluster, a missing refcount block in the first
 //!    cluster that it describes, a larger refcount table behind all that the old one covers.
-//! 4. What is read is bounded by the file's length, whatever the tables say.
+//! 4. What the disk has dropped is not free before a flush, and what replaces it could take the file further. So the
+//!    file does not grow beyond [`nominal_clusters`], which no commitment is less than, while there is any such cluster
+//!    (`qcow2::quarantine`). With none, every allocation is one of those in `demand`, and finds its place.
+//! 5. What is read is bounded by the file's length, whatever the tables say.
 
 use super::allocator::size_growth;
 use super::bitmap::BitmapDirectory;
@@ -87,11 +88,24 @@ pub fn committed_length_of_new(options: &CreateOptions) -> Result<u64> {
 /// As [`super::create::create`].
 pub fn full_length(options: &CreateOptions) -> Result<u64> {
     let header = plan_empty(options)?.header;
+    Ok(full_clusters(&header) * header.cluster_size())
+}
+
+fn full_clusters(header: &Header) -> u64 {
     let tables = header.l1_entries_for(header.size);
     let l1_clusters = (tables * 8).div_ceil(header.cluster_size());
-    let others = 1 + l1_clusters + tables + guest_clusters(&header);
-    let (blocks, table_clusters) = refcount_clusters(&header, others);
-    Ok((others + blocks + table_clusters) * header.cluster_size())
+    let others = 1 + l1_clusters + tables + guest_clusters(header);
+    let (blocks, table_clusters) = refcount_clusters(header, others);
+    others + blocks + table_clusters
+}
+
+/// Clusters that the file comes to at least once everything is allocated: no commitment is less (invariant 4). Without
+/// a bound for an image with snapshots, which commits to nothing.
+pub(super) fn nominal_clusters(header: &Header) -> u64 {
+    match header.nb_snapshots {
+        0 => full_clusters(header),
+        _ => u64::MAX,
+    }
 }
 
 fn require_refcounts(header: &Header) -> Result<()> {
@@ -175,7 +189,7 @@ fn own_clusters(geometry: &Geometry, table: &[u8]) -> u64 {
     entries.filter(is_own).count() as u64
 }
 
-/// Holds reading of tables to as many as the file has room for (invariant 4).
+/// Holds reading of tables to as many as the file has room for (invariant 5).
 struct ReadBudget {
     left: u64,
     what: (&'static str, &'static str),

@@ -15,13 +15,14 @@ use super::allocator::{Allocator, Layout};
 use super::bitmap::BitmapDirectory;
 use super::cache_budget::{CacheBudget, CacheSize};
 use super::check::repair_if_dirty;
+use super::commitment::nominal_clusters;
 use super::data_file::DataFile;
 use super::geometry::{Geometry, to_usize};
 use super::grace::Grace;
 use super::header::{CompressionType, Header};
 use super::health::Health;
 use super::l1::L1Table;
-use super::quarantine::Retired;
+use super::quarantine::{Dropped, Retired};
 use super::snapshot_metadata::SnapshotMetadata;
 use super::table_cache::TableCache;
 use crate::error::{Context, Result};
@@ -29,7 +30,7 @@ use crate::image::{Access, Image};
 use crate::storage::RangeLock;
 use crate::storage::Storage;
 use crate::sys::IoBuf;
-use crate::units::{HostCluster, HostOffset};
+use crate::units::HostOffset;
 
 /// Bytes of L2 tables kept in memory by default, unless the image needs fewer: at 64 KiB clusters they map 256 GiB.
 const MAX_L2_CACHE: u64 = 32 << 20;
@@ -69,8 +70,8 @@ pub struct Qcow2 {
     pub(super) flushes_begun: AtomicU64,
     /// The number of the last flush that succeeded; locked while one is under way.
     pub(super) flushing: async_lock::Mutex<u64>,
-    /// References to host clusters that memory has dropped, and the disk not yet: one item for each reference.
-    pub(super) unlinked: Mutex<Vec<HostCluster>>,
+    /// References to host clusters that memory has dropped, and the disk not yet.
+    pub(super) unlinked: Mutex<Dropped>,
     /// References that the disk has dropped too, but I/O under way may still use.
     pub(super) retired: Mutex<VecDeque<Retired>>,
 }
@@ -269,6 +270,7 @@ async fn open_allocator(
         file_len: storage.len(),
         fixed,
         l2_tables: l1.tables().chain(snapshots.l2_tables).collect(),
+        nominal: nominal_clusters(header),
     };
     // As many as describe the file that the disk grows to.
     let clusters = header.size.div_ceil(cluster_size);

@@ -44,11 +44,12 @@ use super::engine::Qcow2;
 use super::features::IncompatibleFeatures;
 use super::join::{Piece, join_all};
 use super::l1;
+use super::quarantine::Dropped;
 use super::table_cache::Captured;
 use crate::error::{ErrorKind, Result};
 use crate::storage::Storage;
 use crate::sys::IoBuf;
-use crate::units::{HostCluster, HostOffset};
+use crate::units::HostOffset;
 
 /// Whether refcounts are written back with all else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +60,7 @@ enum Refcounts {
 
 /// Copies of everything dirty.
 struct Capture {
-    dropped: Vec<HostCluster>,
+    dropped: Dropped,
     l1: Vec<l1::CapturedSector>,
     l2: Vec<Captured>,
     table: Vec<allocator::CapturedSector>,
@@ -184,7 +185,7 @@ impl Qcow2 {
 
     /// Copies everything dirty, that which needs something else before what it needs.
     fn capture(&self, refcounts: Refcounts) -> Capture {
-        let dropped = std::mem::take(&mut *self.lock_unlinked());
+        let dropped = self.take_unlinked();
         let l1 = self.l1.capture();
         let l2 = self.l2.capture();
         let (table, blocks) = match refcounts {
@@ -204,7 +205,7 @@ impl Qcow2 {
     }
 
     fn restore(&self, capture: Capture) {
-        self.unlink(capture.dropped);
+        self.put_unlinked_back(capture.dropped);
         self.l1.restore(&capture.l1);
         self.l2.restore(&capture.l2);
         self.allocator.restore_table(&capture.table);

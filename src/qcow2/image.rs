@@ -44,11 +44,23 @@ impl Qcow2 {
         }
     }
 
-    /// What precedes every operation that changes the disk.
-    pub(super) async fn begin_change(&self, at: GuestOffset, len: u64) -> Result<()> {
+    /// Changes a range of the disk: what every operation goes through that does.
+    ///
+    /// # Errors
+    /// Those of `change`, for a range that is not the disk's, and where writing is forbidden.
+    pub(super) async fn change<F>(
+        &self,
+        at: GuestOffset,
+        len: u64,
+        change: impl Fn() -> F,
+    ) -> Result<()>
+    where
+        F: Future<Output = Result<()>>,
+    {
         self.begin_writing().await?;
         self.check_bounds(at, len)?;
-        self.make_room_in_memory().await
+        self.make_room_in_memory().await?;
+        self.with_room(change).await
     }
 }
 
@@ -126,23 +138,17 @@ impl Image for Qcow2 {
 
     fn write(&self, at: GuestOffset, buf: IoBuf) -> ImageFuture<'_> {
         Box::pin(async move {
-            self.begin_change(at, buf.len() as u64).await?;
-            self.write_range(at, &buf).await
+            self.change(at, buf.len() as u64, || self.write_range(at, &buf))
+                .await
         })
     }
 
     fn write_zeroes(&self, at: GuestOffset, len: u64, mode: ZeroMode) -> ImageFuture<'_> {
-        Box::pin(async move {
-            self.begin_change(at, len).await?;
-            self.zero_range(at, len, mode).await
-        })
+        Box::pin(self.change(at, len, move || self.zero_range(at, len, mode)))
     }
 
     fn discard(&self, at: GuestOffset, len: u64) -> ImageFuture<'_> {
-        Box::pin(async move {
-            self.begin_change(at, len).await?;
-            self.discard_range(at, len).await
-        })
+        Box::pin(self.change(at, len, move || self.discard_range(at, len)))
     }
 
     fn flush(&self) -> ImageFuture<'_> {

@@ -27,6 +27,7 @@ use super::engine::Qcow2;
 use super::entry::L2Entry;
 use super::geometry::to_usize;
 use super::header::CompressionType;
+use super::quarantine::Dropped;
 use super::refcount;
 use super::room::Taken;
 use crate::error::{Error, ErrorKind, Result};
@@ -146,7 +147,14 @@ impl Qcow2 {
             ));
         }
         let left = self.virtual_size.saturating_sub(at.0).max(1);
-        self.begin_change(at, left.min(self.cluster_size())).await?;
+        self.change(at, left.min(self.cluster_size()), || {
+            self.link_compressed(at, &compressed)
+        })
+        .await
+    }
+
+    async fn link_compressed(&self, at: GuestOffset, compressed: &IoBuf) -> Result<()> {
+        let len = compressed.len() as u64;
         let cluster = self.geometry.guest_cluster(at);
         let _held = self.clusters.lock(cluster.0..cluster.0 + 1).await;
         let (slice, entry_offset) = self.own_slice(cluster).await?;
@@ -156,7 +164,7 @@ impl Qcow2 {
         let new = L2Entry::Compressed(extent);
         let taken = Taken::references(references(&self.geometry, &new));
         let unless_dropped = self.reclaim_if_dropped(&taken);
-        let compressed = self.grace.enter().held_by(compressed);
+        let compressed = self.grace.enter().held_by(compressed.clone());
         let written = self.storage.writev(extent.at, compressed).await;
         unless_dropped.settle();
         if let Err(error) = written {
@@ -168,7 +176,9 @@ impl Qcow2 {
         self.l2.update_links(&slice, entry_offset..end, |bytes| {
             self.store_entry(bytes, entry_offset, &new);
         });
-        self.unlink(references(&self.geometry, &old));
+        let mut dropped = Dropped::default();
+        dropped.add(&self.geometry, &old);
+        self.unlink(dropped);
         Ok(())
     }
 

@@ -100,9 +100,10 @@ impl Qcow2 {
         while start < end {
             let here = GuestOffset(start);
             let part = self.slice_reach(here).min(end - start);
-            self.begin_change(here, part).await?;
-            self.preallocate_in_slice(start..start + part, preallocation)
-                .await?;
+            self.change(here, part, || {
+                self.preallocate_in_slice(start..start + part, preallocation)
+            })
+            .await?;
             start += part;
         }
         Ok(())

@@ -13,6 +13,7 @@ use super::allocator::{Answer, Growth, Run};
 use super::engine::Qcow2;
 use super::flush::write_all;
 use super::header::MAX_REFCOUNT_TABLE_BYTES;
+use super::quarantine::Dropped;
 use crate::error::Result;
 use crate::sys::IoBuf;
 use crate::units::HostCluster;
@@ -61,7 +62,8 @@ impl ReclaimIfDropped<'_> {
 
 impl Drop for ReclaimIfDropped<'_> {
     fn drop(&mut self) {
-        self.image.unlink(self.clusters.drain(..));
+        let clusters = std::mem::take(&mut self.clusters);
+        self.image.unlink(Dropped::own(clusters));
     }
 }
 
@@ -170,7 +172,7 @@ impl Qcow2 {
                 self.allocator.finish_growth(&growth);
                 let old =
                     (0..growth.old.count).map(|number| HostCluster(growth.old.first.0 + number));
-                self.unlink(old);
+                self.unlink(Dropped::shared(old));
                 Ok(())
             }
             Err(error) => Err(error),

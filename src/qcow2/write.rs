@@ -17,12 +17,13 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::cow::{ClusterPlan, Source, references};
+use super::cow::{ClusterPlan, Source};
 use super::engine::Qcow2;
 use super::entry::L2Entry;
 use super::geometry::to_usize;
 use super::join::{Piece, join_all};
 use super::mapping::{Place, WriteMapping, entry_at};
+use super::quarantine::Dropped;
 use super::room::Taken;
 use super::table_cache::Slice;
 use super::zeros::zeros;
@@ -263,7 +264,7 @@ impl Qcow2 {
 
     /// Changes the entries, and drops the references of the old ones.
     fn link(&self, slice: &Arc<Slice>, writes: &[ClusterWrite]) {
-        let mut dropped = Vec::new();
+        let mut dropped = Dropped::default();
         let changed = || writes.iter().filter(|write| write.plan.changes);
         let (Some(first), Some(last)) = (changed().next(), changed().next_back()) else {
             return;
@@ -275,7 +276,7 @@ impl Qcow2 {
                 for write in changed() {
                     self.store_entry(bytes, write.entry_offset, &L2Entry::Plain(write.plan.entry));
                     if !keeps_host(&write.old, &write.plan) {
-                        dropped.extend(references(&self.geometry, &write.old));
+                        dropped.add(&self.geometry, &write.old);
                     }
                 }
             });
@@ -322,7 +323,8 @@ impl Qcow2 {
         self.allocator.add_table(new);
         self.l2.insert_fresh(at, &bytes);
         self.l1.set(index, at);
-        self.unlink(old.map(|old| self.geometry.host_cluster(old)));
+        let old = old.map(|old| self.geometry.host_cluster(old));
+        self.unlink(Dropped::shared(old));
         Ok(at)
     }
 

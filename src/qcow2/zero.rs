@@ -11,12 +11,12 @@
 
 use std::ops::Range;
 
-use super::cow::references;
 use super::data_file::Layout;
 use super::engine::Qcow2;
 use super::entry::{Cluster, L2Entry};
 use super::geometry::to_usize;
 use super::mapping::{Place, ReadMapping};
+use super::quarantine::Dropped;
 use super::zeros::zeros;
 use crate::error::Result;
 use crate::storage::ZeroMode;
@@ -99,9 +99,11 @@ impl Qcow2 {
         let mut at = 0;
         while at < self.virtual_size {
             let end = at.saturating_add(FORGET_CHUNK).min(self.virtual_size);
-            self.begin_change(GuestOffset(at), end - at).await?;
             let range = self.whole_subclusters(&(at..end));
-            self.clear(range, Clearing::Forget).await?;
+            self.change(GuestOffset(at), end - at, || {
+                self.clear(range.clone(), Clearing::Forget)
+            })
+            .await?;
             at = end;
         }
         Ok(())
@@ -202,12 +204,12 @@ impl Qcow2 {
             self.free_in_data_file(freed).await;
             if let (Some(first), Some(last)) = (changes.first(), changes.last()) {
                 let end = last.0 + to_usize(self.geometry.l2_entry_size());
-                let mut dropped = Vec::new();
+                let mut dropped = Dropped::default();
                 self.l2.update(&slice, first.0..end, |bytes| {
                     for (entry_offset, old, new) in &changes {
                         self.store_entry(bytes, *entry_offset, &L2Entry::Plain(*new));
                         if new.host.is_none() {
-                            dropped.extend(references(&self.geometry, old));
+                            dropped.add(&self.geometry, old);
                         }
                     }
                 });
