@@ -21,9 +21,10 @@ use crate::storage::Tearing;
 
 const CLUSTER: u64 = 65536;
 
+/// An image with so much room that no request has to wait for a flush: dropping that one forbids all further writes.
 fn new_image(directory: &tempfile::TempDir, options: &str) -> Arc<MemoryStorage> {
     let name = directory.path().join("disk.qcow2").display().to_string();
-    qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, &name, "1M"]);
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, &name, "16M"]);
     load(directory.path().join("disk.qcow2").as_ref())
 }
 
