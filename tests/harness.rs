@@ -1,10 +1,16 @@
 //! The harness itself, with stock back-ends in place of the daemon: what it reports is what happened.
 
 mod common;
+#[path = "../benches/compare/histogram.rs"]
+mod histogram;
+#[path = "../benches/compare/stamp.rs"]
+#[allow(dead_code)]
+mod stamp;
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use common::oracle::{self, Ext4};
 use common::{Backend, Disk, Guest, GuestConfig, guests_available};
@@ -88,4 +94,35 @@ fn guest_that_dies_fails_the_test() {
 fn backend_that_ends_at_once_fails_the_test() {
     let dir = tempfile::tempdir().expect("a directory");
     Backend::spawn(&mut Command::new("false"), &[dir.path().join("never.sock")]);
+}
+
+/// The bench's own measure: a bucket's bound is at most 1/64 above what it holds.
+#[test]
+fn percentiles_of_the_bench_are_within_a_bucket_of_the_truth() {
+    let mut histogram = histogram::Histogram::new();
+    for micros in 1..=1000 {
+        histogram.add(Duration::from_micros(micros));
+    }
+    for (per_mille, truth) in [(1, 1.0), (500, 500.0), (990, 990.0), (1000, 1000.0)] {
+        let found = histogram.percentile_us(per_mille);
+        assert!(
+            (truth..truth * 65.0 / 64.0).contains(&found),
+            "{per_mille}: {found}"
+        );
+    }
+}
+
+#[test]
+fn stamps_of_the_bench_name_their_block() {
+    let stamp = stamp::Stamp {
+        block: 7 << 40,
+        generation: 9,
+    };
+    assert_eq!(stamp::Stamp::from_bytes(stamp.to_bytes()), Some(stamp));
+    assert_eq!(stamp::Stamp::from_bytes([0; stamp::STAMP_LEN]), None);
+    let mut block = [0; stamp::BLOCK];
+    stamp::fill(5, &mut block);
+    let (head, _) = block.split_first_chunk().expect("longer than a stamp");
+    let found = stamp::Stamp::from_bytes(*head).expect("filled blocks are stamped");
+    assert_eq!((found.block, found.generation), (5, 0));
 }

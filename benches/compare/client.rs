@@ -23,6 +23,8 @@ use crate::stamp::{BLOCK, BLOCK_LEN, Stamp};
 const ATTEMPTS: usize = 64;
 /// How many vain looks at the rings come between two looks at the time.
 const LOOKS: u32 = 1 << 16;
+/// How long a client sleeps at most, to see that the daemon still lives.
+const PATIENCE_MS: u16 = 1000;
 
 /// How long a load runs.
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +43,13 @@ pub(crate) struct Outcome {
     pub(crate) after: Usage,
     /// CPU time of the client itself.
     pub(crate) client_cpu: Duration,
+}
+
+/// What ended a sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Woken {
+    Notified,
+    TimeIsUp,
 }
 
 /// What a request of a slot is up to.
@@ -200,10 +209,7 @@ impl<'a> Client<'a> {
     }
 
     fn drain(&mut self) -> Result<()> {
-        while self.under_way > 0 {
-            self.go_on_until(Instant::now())?;
-        }
-        Ok(())
+        self.go_on_until(Instant::now() + Duration::from_secs(3600))
     }
 
     /// Works until `end`, or until no request is left to begin.
@@ -219,14 +225,18 @@ impl<'a> Client<'a> {
                 }
                 continue;
             }
-            vain += 1;
             if self.load.waiting == Waiting::Interrupts {
-                self.sleep()?;
-            } else if vain < LOOKS {
-                std::hint::spin_loop();
-                continue;
+                if self.sleep()? == Woken::Notified {
+                    continue;
+                }
+            } else {
+                vain += 1;
+                if vain < LOOKS {
+                    std::hint::spin_loop();
+                    continue;
+                }
+                vain = 0;
             }
-            vain = 0;
             if Instant::now() >= end || self.under_way == 0 {
                 return Ok(());
             }
@@ -257,10 +267,14 @@ impl<'a> Client<'a> {
     }
 
     /// Waits for a notification. What ended before raised one, or was looked at after it had been asked for.
-    fn sleep(&mut self) -> Result<()> {
+    fn sleep(&mut self) -> Result<Woken> {
         let mut events = [EpollEvent::empty(); 8];
-        match self.epoll.wait(&mut events, EpollTimeout::from(1000u16)) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
+        match self
+            .epoll
+            .wait(&mut events, EpollTimeout::from(PATIENCE_MS))
+        {
+            Ok(0) => Ok(Woken::TimeIsUp),
+            Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(Woken::Notified),
             Err(error) => Err(format!("epoll: {error}")),
         }
     }
@@ -329,7 +343,7 @@ impl<'a> Client<'a> {
                 return target.device.offer(slot, Request::Flush);
             }
             Kind::Write | Kind::WriteFlush => {
-                target.busy[block_range(under_way.at, self.load.len)].fill(false)
+                target.busy[block_range(under_way.at, self.load.len)].fill(false);
             }
         }
         self.under_way -= 1;

@@ -96,9 +96,8 @@ impl Daemon {
     /// Ends it cleanly.
     pub(crate) fn stop(mut self) -> Result<()> {
         let deadline = Instant::now() + DEADLINE;
+        kill(pid(&self.process)?, Signal::SIGTERM).map_err(|error| error.to_string())?;
         loop {
-            // Again and again: a qemu-storage-daemon overlooks a signal that comes when it does not wait.
-            kill(pid(&self.process)?, Signal::SIGTERM).map_err(|error| error.to_string())?;
             self.wait_for_end(100)?;
             match self.process.try_wait().map_err(|error| error.to_string())? {
                 Some(status) if status.success() => return Ok(()),

@@ -46,7 +46,7 @@ pub(crate) fn fill_through(
     let device = Device::connect(&mut daemon, &sockets[0], shape, Waiting::Interrupts)?;
     let mut client = Client::new(vec![(device, disk)], load, generation, &mut daemon)?;
     client.go_to(vec![Places::these(places)]);
-    let until_done = Duration::from_hours(1);
+    let until_done = Duration::from_secs(3600);
     client.run(Span {
         warm_up: until_done,
         measured: Duration::ZERO,

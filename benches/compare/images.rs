@@ -274,7 +274,7 @@ impl Images {
                     run(&mut create)?;
                 }
                 Family::Overlay => {
-                    create_overlay(path, &base, &["-o", "extended_l2=on,cluster_size=128k"])?
+                    create_overlay(path, &base, &["-o", "extended_l2=on,cluster_size=128k"])?;
                 }
             }
             let disk = Disk::new(vec![Layer::qcow2(path), Layer::qcow2(&base)], FAMILY_LEN);

@@ -135,7 +135,16 @@ fn run(options: &Options) -> Result<()> {
     if let Some(document) = &options.markdown {
         put_between_marks(document, &table::report(&results, Style::Markdown))?;
     }
-    Ok(())
+    let failed = results
+        .cells
+        .iter()
+        .filter(|cell| cell.own().is_some_and(|own| own.gap.is_some()));
+    match failed.count() {
+        0 => Ok(()),
+        count => Err(format!(
+            "seethrough failed in {count} cells; the gaps say how"
+        )),
+    }
 }
 
 fn chosen_cells(filters: &[String]) -> Vec<Cell> {

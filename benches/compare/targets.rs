@@ -1,6 +1,9 @@
 //! The targets, and which of them a run has met.
 
+use crate::bound::Engine;
+use crate::cells::{Image, Place};
 use crate::contender::Role;
+use crate::load::{EIGHT_VMS, READ_QD32, READ_QD128};
 use crate::results::{CellResult, Results, Sample, geometric_mean};
 
 /// What a target asks of every value that it is about.
@@ -76,12 +79,11 @@ pub(crate) const TARGETS: &[Target] = &[
         wanted: Wanted::AtLeast(1.7),
         values: |results| {
             ratios(results, |cell| {
-                is_any(&cell.image, &["qcow2, allocated", "child, see-through"])
-                    && is_any(
-                        &cell.load,
-                        &["4K random read, qd32", "4K random read, qd128"],
-                    )
-                    && cell.cache == "page cache"
+                is_any(
+                    &cell.image,
+                    &[Image::Qcow2.name(), Image::SeeThrough.name()],
+                ) && is_any(&cell.load, &[READ_QD32.name, READ_QD128.name])
+                    && cell.cache == Place::Disk.name()
             })
         },
     },
@@ -90,7 +92,7 @@ pub(crate) const TARGETS: &[Target] = &[
         wanted: Wanted::AtLeast(3.0),
         values: |results| {
             ratios(results, |cell| {
-                cell.image == "first write, 64K clusters" && is_4k_write(cell)
+                cell.image == Image::FirstWrite.name() && is_4k_write(cell)
             })
         },
     },
@@ -99,7 +101,7 @@ pub(crate) const TARGETS: &[Target] = &[
         wanted: Wanted::AtLeast(2.0),
         values: |results| {
             ratios(results, |cell| {
-                cell.image == "first write, 4K subclusters" && is_4k_write(cell)
+                cell.image == Image::FirstWriteSubclusters.name() && is_4k_write(cell)
             })
         },
     },
@@ -108,7 +110,9 @@ pub(crate) const TARGETS: &[Target] = &[
         wanted: Wanted::AtLeast(2.0),
         values: |results| {
             ratios(results, |cell| {
-                cell.image == "qcow2, allocated" && cell.cache == "tmpfs" && is_4k_write(cell)
+                cell.image == Image::Qcow2.name()
+                    && cell.cache == Place::Memory.name()
+                    && is_4k_write(cell)
             })
         },
     },
@@ -160,14 +164,14 @@ pub(crate) const TARGETS: &[Target] = &[
         wanted: Wanted::AtLeast(0.95),
         values: |results| {
             let cells = results.cells.iter().filter(|cell| {
-                cell.image == "qcow2, allocated"
-                    && cell.load == "4K random read, qd32"
-                    && cell.cache == "page cache"
+                cell.image == Image::Qcow2.name()
+                    && cell.load == READ_QD32.name
+                    && cell.cache == Place::Disk.name()
             });
             let share = |cell: &CellResult| {
                 Some((
                     cell.name(),
-                    cell.own()?.iops()? / cell.entry("fio io_uring")?.iops()?,
+                    cell.own()?.iops()? / cell.entry(Engine::IoUring.name())?.iops()?,
                 ))
             };
             cells.filter_map(share).collect()
@@ -180,14 +184,13 @@ pub(crate) const TARGETS: &[Target] = &[
             let find = |load: &str| {
                 let mut cells = results.cells.iter();
                 let cell = cells.find(|cell| {
-                    cell.image == "child, see-through"
+                    cell.image == Image::SeeThrough.name()
                         && cell.load == load
-                        && cell.cache == "page cache"
+                        && cell.cache == Place::Disk.name()
                 })?;
                 cell.own()?.iops()
             };
-            let share =
-                || Some(find("4K random read, 8 VMs at qd8")? / find("4K random read, qd32")?);
+            let share = || Some(find(EIGHT_VMS.name)? / find(READ_QD32.name)?);
             share()
                 .map(|share| ("8 VMs".to_owned(), share))
                 .into_iter()
@@ -220,7 +223,7 @@ pub(crate) const TARGETS: &[Target] = &[
             results
                 .cells
                 .iter()
-                .filter(|cell| cell.image == "view, own groups")
+                .filter(|cell| cell.image == Image::View.name())
                 .filter_map(cost)
                 .collect()
         },
@@ -246,7 +249,7 @@ fn is_any(text: &str, choices: &[&str]) -> bool {
 }
 
 fn is_compressed(cell: &CellResult) -> bool {
-    is_any(&cell.image, &["deflate", "zstd"])
+    is_any(&cell.image, &[Image::Deflate.name(), Image::Zstd.name()])
 }
 
 fn is_4k_write(cell: &CellResult) -> bool {
