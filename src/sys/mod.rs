@@ -8,6 +8,7 @@ mod file_facts;
 mod host_file;
 mod io_buf;
 mod local_time;
+mod lost_memory;
 mod op;
 mod process;
 mod reactor;
@@ -21,6 +22,7 @@ pub use file_facts::{
 pub use host_file::{HostFile, truncate_blocking};
 pub use io_buf::IoBuf;
 pub use local_time::LocalTime;
+pub use lost_memory::WatchedMemory;
 pub use process::{exclude_from_core_dumps, take_inherited_fd};
 pub use reactor::{Direction, Reactor, block_on};
 pub use ring_op::RingOp;

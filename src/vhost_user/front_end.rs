@@ -104,6 +104,12 @@ impl FrontEnd {
 impl Drop for FrontEnd {
     fn drop(&mut self) {
         self.stop();
+        if self.memory.is_lost() {
+            log::error!(
+                "{}: the front-end has cut its guest's memory short while it was in use; what was lost has read as zeros",
+                self.vm.name()
+            );
+        }
     }
 }
 

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
-use crate::error::{Error, ErrorKind, Result};
-use crate::sys::exclude_from_core_dumps;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::sys::{WatchedMemory, exclude_from_core_dumps};
 
 /// The most regions at a time: as many as KVM has had slots for from of old.
 pub(super) const MAX_REGIONS: usize = 509;
@@ -17,6 +17,8 @@ pub(super) const MAX_REGIONS: usize = 509;
 #[derive(Clone, Debug)]
 struct Region {
     user_address: u64,
+    /// Before the mapping, which it is about.
+    watch: Arc<WatchedMemory>,
     mapping: Arc<GuestRegionMmap>,
 }
 
@@ -36,8 +38,10 @@ impl Region {
         let mapping = GuestRegionMmap::new(mapped, start)
             .ok_or_else(|| Error::new(ErrorKind::InvalidConfig, describe()))?;
         exclude_from_core_dumps(&mapping);
+        let watch = WatchedMemory::new(&mapping).context(describe)?;
         Ok(Self {
             user_address: told.user_addr,
+            watch: Arc::new(watch),
             mapping: Arc::new(mapping),
         })
     }
@@ -60,6 +64,11 @@ impl MemoryTable {
     /// The memory by guest address.
     pub(super) fn map(&self) -> &Arc<GuestMemoryMmap> {
         &self.map
+    }
+
+    /// Whether the front-end has taken any of it away: what is there instead is zeros.
+    pub(super) fn is_lost(&self) -> bool {
+        self.regions.iter().any(|region| region.watch.is_lost())
     }
 
     /// The guest address of what the front-end knows as `user_address`.

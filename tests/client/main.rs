@@ -5,6 +5,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod driver;
+mod hostile;
 mod memory;
 
 use std::collections::HashMap;

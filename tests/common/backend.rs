@@ -114,6 +114,11 @@ impl Backend {
         self.wait_until("listen on its sockets", |_| ready.load(Ordering::Acquire));
     }
 
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// The log so far, line by line.
     pub fn log(&self) -> Vec<String> {
         self.log.lock().lines.clone()
