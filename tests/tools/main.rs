@@ -8,6 +8,7 @@ mod bench;
 mod commit;
 mod compare;
 mod convert;
+mod huge;
 mod map;
 mod rebase;
 mod resize;
