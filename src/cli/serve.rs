@@ -17,7 +17,7 @@ use crate::control::{ControlSocket, Daemon, Served};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::cache_budget::CacheSize;
 use crate::storage::CacheMode;
-use crate::sys::take_inherited_fd;
+use crate::sys::{share_freed_memory, take_inherited_fd};
 use crate::vhost_user::{Audience, Endpoint, Listener, MAX_QUEUES, Server, Vm};
 
 /// The option that asks what the program can do, whatever else is on the command line.
@@ -147,6 +147,7 @@ impl Serve {
             None => None,
         };
         raise_descriptor_limit();
+        share_freed_memory();
         let mut server = Server::new()?;
         let disks = open_disks(&vms, self.cache.into(), self.l2_cache_size.unwrap_or_default())?;
         let mut ready = Vec::with_capacity(vms.len());

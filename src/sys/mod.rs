@@ -23,6 +23,6 @@ pub use host_file::{HostFile, truncate_blocking};
 pub use io_buf::IoBuf;
 pub use local_time::LocalTime;
 pub use lost_memory::WatchedMemory;
-pub use process::{exclude_from_core_dumps, take_inherited_fd};
+pub use process::{exclude_from_core_dumps, share_freed_memory, take_inherited_fd};
 pub use reactor::{Direction, Reactor, block_on};
 pub use ring_op::RingOp;
