@@ -650,3 +650,126 @@ fn threads_that_write_different_clusters_of_one_table_all_get_their_bytes() {
     file.save(&storage);
     file.check(Allowed::Nothing);
 }
+
+#[test]
+fn the_corrupt_bit_is_durable_before_the_error_is_returned() {
+    let file = File::create("cluster_size=64k", "1M");
+    let storage = file.load();
+    let image = open(&storage);
+    write(&image, 0, &[7; CLUSTER]).unwrap();
+    flush(&image);
+    drop(image);
+    let (l2, _) = tables(&storage);
+    patch(&storage, l2 as u64, &(1u64 << 63 | 0x5_0200).to_be_bytes());
+    let storage = Arc::new(CrashStorage::new(storage.contents(), Delays::none()));
+    let image = open_on(Arc::clone(&storage) as Arc<dyn Storage>);
+    assert!(read_range(&image, 0..512).is_err());
+    let left = MemoryStorage::new(storage.after_power_cut(storage.now(), Lost::All));
+    assert_eq!(word_at(&left, 72) & 2, 2, "the corrupt bit");
+}
+
+#[test]
+fn giving_back_what_has_no_reference_sets_the_corrupt_bit() {
+    let file = File::create("cluster_size=64k", "1M");
+    let storage = file.load();
+    let image = open(&storage);
+    write(&image, 0, &[7; CLUSTER]).unwrap();
+    flush(&image);
+    drop(image);
+    let (l2, _) = tables(&storage);
+    let data = (word_at(&storage, l2) & !(1 << 63)) / CLUSTER as u64;
+    let table = usize::try_from(word_at(&storage, 48)).unwrap();
+    let block = word_at(&storage, table);
+    patch(&storage, block + 2 * data, &[0, 0]);
+    let image = open(&storage);
+    block_on(image.discard(GuestOffset(0), CLUSTER as u64)).unwrap();
+    // Whatever the flush itself says.
+    let _ = block_on(image.flush());
+    assert_eq!(word_at(&storage, 72) & 2, 2, "the corrupt bit");
+    let error = write(&image, 0, &[1; 512]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Poisoned);
+}
+
+#[test]
+fn the_cluster_of_a_table_that_was_copied_is_used_again() {
+    let file = File::create("cluster_size=64k", "1M");
+    let storage = file.load();
+    let image = open(&storage);
+    write(&image, 0, &[7; CLUSTER]).unwrap();
+    flush(&image);
+    drop(image);
+    // Without the flag that it might have, as a crash leaves it when a snapshot is deleted.
+    let (old, l1) = tables(&storage);
+    patch(&storage, l1 as u64, &(old as u64).to_be_bytes());
+    let image = open(&storage);
+    write(&image, 0, &[8; 512]).unwrap();
+    flush(&image);
+    assert_ne!(tables(&storage).0, old);
+    write(&image, CLUSTER as u64, &[9; CLUSTER]).unwrap();
+    let Mapped::Extent { at, .. } = image.map_read(GuestOffset(CLUSTER as u64), 512) else {
+        panic!("mapped")
+    };
+    assert_eq!(at, HostOffset(old as u64));
+    assert_eq!(read(&image, CLUSTER as u64, 512), [9; 512]);
+    flush(&image);
+    drop(image);
+    file.save(&storage);
+    file.check(Allowed::Nothing);
+}
+
+#[test]
+fn the_end_of_a_file_inside_a_cluster_never_shows() {
+    let file = File::create("cluster_size=64k", "1M");
+    let storage = file.load();
+    let image = open(&storage);
+    write(&image, 0, &[7; CLUSTER]).unwrap();
+    flush(&image);
+    drop(image);
+    // What another writer has left behind there when its power was cut.
+    patch(&storage, storage.len(), &[0xee; 1000]);
+    let image = open(&storage);
+    write(&image, CLUSTER as u64, &[1; 512]).unwrap();
+    assert_eq!(read(&image, CLUSTER as u64 + 512, 512), [0; 512]);
+}
+
+#[test]
+fn requests_that_leave_the_disk_are_refused() {
+    let file = File::create("cluster_size=64k", "1M");
+    let image = open(&file.load());
+    let size = image.virtual_size();
+    for (at, len) in [(size, 512), (size - 512, 1024), (u64::MAX - 511, 1024)] {
+        let start = GuestOffset(at);
+        let buf = IoBuf::zeroed(usize::try_from(len).unwrap());
+        for outcome in [
+            block_on(image.read(start, buf.clone())),
+            block_on(image.write(start, buf)),
+            block_on(image.write_zeroes(start, len, ZeroMode::MayUnmap)),
+            block_on(image.discard(start, len)),
+        ] {
+            let error = outcome.expect_err("it leaves the disk");
+            assert_eq!(error.kind(), ErrorKind::OutOfBounds, "{len} bytes at {at}");
+        }
+    }
+}
+
+/// Otherwise it would show when the disk grows, in whoever's hands.
+#[test]
+fn a_longer_backing_image_is_not_copied_behind_the_end_of_the_disk() {
+    let backing = open(&File::create("cluster_size=64k", "1M").load());
+    write(&backing, 0, &[0x77; 2 * CLUSTER]).unwrap();
+    let storage = File::create("cluster_size=64k", "98304").load();
+    let image = block_on(Qcow2::open(
+        Arc::clone(&storage) as Arc<dyn Storage>,
+        Some(Arc::new(backing)),
+        Access::ReadWrite,
+    ));
+    let image = image.unwrap();
+    write(&image, CLUSTER as u64, &[1; 512]).unwrap();
+    let Mapped::Extent { at, .. } = image.map_read(GuestOffset(CLUSTER as u64), 512) else {
+        panic!("mapped")
+    };
+    let end = CLUSTER / 2;
+    let host = storage.contents().split_off(usize::try_from(at.0).unwrap());
+    assert!(host[512..end].iter().all(|byte| *byte == 0x77));
+    assert!(host[end..].iter().all(|byte| *byte == 0));
+}

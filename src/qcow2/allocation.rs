@@ -9,7 +9,7 @@ use super::allocator::Answer;
 use super::engine::Qcow2;
 use super::entry::L2Entry;
 use super::geometry::Geometry;
-use super::mapping::{Found, Place, Run, walk};
+use super::mapping::{Found, Place, Run};
 use crate::error::Result;
 use crate::image::Allocation;
 use crate::storage::Held;
@@ -56,34 +56,20 @@ impl Qcow2 {
         at: GuestOffset,
         len: u64,
     ) -> Result<(Allocation, u64)> {
-        loop {
-            let found = self.look_up_allocation(at, len);
-            match self.judge(found).await? {
-                Found::Run(allocation, run) => return Ok((allocation, run)),
-                Found::Load(slice) => drop(self.l2_slice(slice).await?),
-            }
-        }
+        self.find(|| self.look_up_allocation(at, len)).await
     }
 
     fn look_up_allocation(&self, at: GuestOffset, len: u64) -> Result<Found<Allocation>> {
-        let geometry = &self.geometry;
         match self.place(at)? {
             Place::NoTable(covered) => {
                 let nothing = Allocation::Unallocated(None);
                 Ok(Found::Run(nothing, len.min(covered)))
             }
             Place::Slice {
-                at: slice_at,
-                entry,
-                ..
-            } => {
-                let found = self.l2.peek(slice_at, |bytes| {
-                    walk(geometry, bytes, entry, (at, len), |entry, within, _| {
-                        allocation_of(geometry, entry, within)
-                    })
-                });
-                self.found(found, slice_at, at)
-            }
+                at: slice, entry, ..
+            } => self.look_up_in(slice, entry, (at, len), |entry, within, _| {
+                allocation_of(&self.geometry, entry, within)
+            }),
         }
     }
 

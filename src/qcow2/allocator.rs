@@ -579,3 +579,19 @@ impl Allocator {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::geometry::tests::geometry;
+    use super::super::header::MAX_REFCOUNT_TABLE_BYTES;
+    use super::*;
+
+    #[test]
+    fn a_refcount_table_grows_to_its_limit_and_no_further() {
+        let geometry = geometry(16, 4, false);
+        let grow = |bytes: u64| size_growth(&geometry, bytes / 8, MAX_REFCOUNT_TABLE_BYTES);
+        assert_eq!(grow(5 << 20).unwrap(), (1, 120));
+        let error = grow(MAX_REFCOUNT_TABLE_BYTES).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+    }
+}

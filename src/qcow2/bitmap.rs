@@ -554,6 +554,19 @@ mod tests {
         }
     }
 
+    /// They would take for ever to read.
+    #[test]
+    fn tables_that_are_longer_than_the_file_are_corrupt() {
+        let mut entry = directory()[..32].to_vec();
+        entry[8..12].copy_from_slice(&8192u32.to_be_bytes());
+        for (entries, fits) in [(5, true), (6, false)] {
+            let directory = entry.repeat(entries);
+            let mut extension = extension(directory.len());
+            extension[3] = u8::try_from(entries).unwrap();
+            assert_eq!(read(extension, &directory).is_ok(), fits, "{entries}");
+        }
+    }
+
     #[test]
     fn damage_of_any_kind_is_an_error_at_worst() {
         let mut rng = StdRng::seed_from_u64(5);

@@ -113,7 +113,7 @@ pub(super) mod tests {
     use crate::error::{Error, ErrorKind};
     use crate::qcow2::header::Version;
     use crate::qcow2::header_extension::SEETHROUGH_EXTENSION;
-    use crate::storage::{IoFuture, MemoryStorage, ZeroMode};
+    use crate::storage::{CrashStorage, Delays, IoFuture, Lost, MemoryStorage, ZeroMode};
     use crate::sys::block_on;
     use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -186,6 +186,32 @@ pub(super) mod tests {
     fn declared(storage: &dyn Storage) -> Option<Vec<u8>> {
         let header = block_on(Header::read(storage)).unwrap();
         header.extension(SEETHROUGH_EXTENSION).map(<[u8]>::to_vec)
+    }
+
+    #[test]
+    fn a_power_cut_leaves_the_old_header_or_the_new_one_whatever_is_lost() {
+        let mut header = Header::new(Version::V3, 9, 1 << 20);
+        header.l1_size = 32;
+        header.l1_table_offset = HostOffset(1024);
+        header.refcount_table_offset = HostOffset(512);
+        header.refcount_table_clusters = 1;
+        header.backing_file = Some("base".into());
+        let before = header.encode().unwrap();
+        let storage = CrashStorage::new(before.clone(), Delays::none());
+        let data = [7; 40];
+        block_on(set_extension(&storage, SEETHROUGH_EXTENSION, &data)).unwrap();
+        for cut in storage.moments() {
+            for seed in 0..16 {
+                let left = storage.after_power_cut(cut, Lost::Some { seed });
+                let left = Header::parse(&left).unwrap();
+                assert_eq!(left.backing_file, header.backing_file);
+                let found = left.extension(SEETHROUGH_EXTENSION);
+                assert!(found.is_none() || found == Some(&data), "{cut:?} {seed}");
+            }
+        }
+        let left = storage.after_power_cut(storage.now(), Lost::All);
+        let left = Header::parse(&left).unwrap();
+        assert_eq!(left.extension(SEETHROUGH_EXTENSION), Some(&data[..]));
     }
 
     #[test]

@@ -152,7 +152,7 @@ fn write_mapping(geometry: &Geometry, entry: L2Entry, within: u64, len: u64) -> 
 }
 
 /// Walks the entries of a slice for as long as they are one thing.
-pub(super) fn walk<M: Run>(
+fn walk<M: Run>(
     geometry: &Geometry,
     slice: &[u8],
     first_entry: usize,
@@ -199,21 +199,13 @@ impl Qcow2 {
     /// # Errors
     /// [`ErrorKind::Corrupt`] for a broken entry.
     pub(super) fn look_up_read(&self, at: GuestOffset, len: u64) -> Result<Found<ReadMapping>> {
-        let geometry = &self.geometry;
         match self.place(at)? {
             Place::NoTable(covered) => Ok(Found::Run(ReadMapping::Unallocated, len.min(covered))),
             Place::Slice {
-                at: slice_at,
-                entry,
-                ..
-            } => {
-                let found = self.l2.peek(slice_at, |bytes| {
-                    walk(geometry, bytes, entry, (at, len), |entry, within, _| {
-                        read_mapping(geometry, entry, within)
-                    })
-                });
-                self.found(found, slice_at, at)
-            }
+                at: slice, entry, ..
+            } => self.look_up_in(slice, entry, (at, len), |entry, within, _| {
+                read_mapping(&self.geometry, entry, within)
+            }),
         }
     }
 
@@ -222,7 +214,6 @@ impl Qcow2 {
     /// # Errors
     /// [`ErrorKind::Corrupt`] for a broken entry.
     pub(super) fn look_up_write(&self, at: GuestOffset, len: u64) -> Result<Found<WriteMapping>> {
-        let geometry = &self.geometry;
         match self.place(at)? {
             Place::NoTable(covered) => Ok(Found::Run(
                 WriteMapping::Allocate,
@@ -233,17 +224,31 @@ impl Qcow2 {
                 len.min(self.slice_reach(at)),
             )),
             Place::Slice {
-                at: slice_at,
-                entry,
-                ..
-            } => {
-                let found = self.l2.peek(slice_at, |bytes| {
-                    walk(geometry, bytes, entry, (at, len), |entry, within, len| {
-                        (write_mapping(geometry, entry, within, len), len)
-                    })
-                });
-                self.found(found, slice_at, at)
-            }
+                at: slice, entry, ..
+            } => self.look_up_in(slice, entry, (at, len), |entry, within, len| {
+                (write_mapping(&self.geometry, entry, within, len), len)
+            }),
+        }
+    }
+
+    /// What `range` is, as far as the slice at `slice` tells, in which the range's first entry is at `entry`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for a broken entry.
+    pub(super) fn look_up_in<M: Run>(
+        &self,
+        slice: HostOffset,
+        entry: usize,
+        range: (GuestOffset, u64),
+        mapping_of: impl Fn(L2Entry, u64, u64) -> (M, u64),
+    ) -> Result<Found<M>> {
+        let found = self.l2.peek(slice, |bytes| {
+            walk(&self.geometry, bytes, entry, range, mapping_of)
+        });
+        match found {
+            None => Ok(Found::Load(slice)),
+            Some(Ok((mapping, run))) => Ok(Found::Run(mapping, run)),
+            Some(Err(defect)) => Err(self.broken_entry("L2", range.0, defect)),
         }
     }
 
@@ -252,13 +257,7 @@ impl Qcow2 {
     /// # Errors
     /// The storage's too.
     pub(super) async fn find_read(&self, at: GuestOffset, len: u64) -> Result<(ReadMapping, u64)> {
-        loop {
-            let found = self.look_up_read(at, len);
-            match self.judge(found).await? {
-                Found::Run(mapping, run) => return Ok((mapping, run)),
-                Found::Load(slice) => drop(self.l2_slice(slice).await?),
-            }
-        }
+        self.find(|| self.look_up_read(at, len)).await
     }
 
     /// As [`Qcow2::look_up_write`], loading what is missing.
@@ -270,29 +269,20 @@ impl Qcow2 {
         at: GuestOffset,
         len: u64,
     ) -> Result<(WriteMapping, u64)> {
+        self.find(|| self.look_up_write(at, len)).await
+    }
+
+    /// Looks up until nothing is missing.
+    ///
+    /// # Errors
+    /// Those of `look_up`, and the storage's.
+    pub(super) async fn find<M>(&self, look_up: impl Fn() -> Result<Found<M>>) -> Result<(M, u64)> {
         loop {
-            let found = self.look_up_write(at, len);
+            let found = look_up();
             match self.judge(found).await? {
                 Found::Run(mapping, run) => return Ok((mapping, run)),
                 Found::Load(slice) => drop(self.l2_slice(slice).await?),
             }
-        }
-    }
-
-    /// The answer of a [`walk`] in the slice at `slice`, for the guest range at `at`.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Corrupt`] for a broken entry.
-    pub(super) fn found<M>(
-        &self,
-        found: Option<Result<(M, u64), Defect>>,
-        slice: HostOffset,
-        at: GuestOffset,
-    ) -> Result<Found<M>> {
-        match found {
-            None => Ok(Found::Load(slice)),
-            Some(Ok((mapping, run))) => Ok(Found::Run(mapping, run)),
-            Some(Err(defect)) => Err(self.broken_entry("L2", at, defect)),
         }
     }
 

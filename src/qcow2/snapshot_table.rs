@@ -409,6 +409,15 @@ mod tests {
     }
 
     #[test]
+    fn there_are_no_more_snapshots_than_stock_tools_take() {
+        let mut all = vec![snapshot("1", ""); MAX_SNAPSHOTS as usize];
+        assert!(encode_snapshots(&all).is_ok());
+        all.push(snapshot("2", ""));
+        let error = encode_snapshots(&all).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+    }
+
+    #[test]
     fn an_l1_table_has_to_be_aligned_and_within_limits() {
         let mut one = snapshot("1", "one");
         assert_eq!(one.l1_table(1 << 16).unwrap(), (HostOffset(0x5_0000), 24));

@@ -252,3 +252,20 @@ fn what_is_no_cluster_is_refused() {
     }
     assert!(chain.top().contents() == before);
 }
+
+#[test]
+fn nothing_is_packed_behind_data_that_ends_with_its_cluster() {
+    let chain = chain("cluster_size=64k", 2 << 20, 5);
+    let image = open_top(&chain);
+    let pack = |number: u64, len: usize| {
+        let data = IoBuf::from_bytes(&vec![0xee; len]);
+        block_on(image.write_compressed(GuestOffset(number << 16), data)).unwrap();
+    };
+    pack(0, 60_000);
+    pack(1, 5_536);
+    let plain = GuestOffset(2 << 16);
+    block_on(image.write(plain, IoBuf::from_bytes(&[7; 65536]))).unwrap();
+    pack(3, 1000);
+    let found = read_range(&image, plain.0..plain.0 + 65536).unwrap();
+    assert!(found.iter().all(|byte| *byte == 7));
+}

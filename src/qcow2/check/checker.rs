@@ -7,6 +7,7 @@ use super::super::header::Header;
 use super::super::join::{Piece, join_all};
 use super::counts::{Counts, Use};
 use super::entries::Bounds;
+use super::lost::StandIn;
 use super::report::{Finding, Listener, Report, Severity};
 use crate::error::Result;
 use crate::progress::Progress;
@@ -38,6 +39,8 @@ pub(super) struct Checker<'a> {
     pub(super) has_broken_bitmaps: bool,
     /// Entries of the snapshot table lack fields.
     pub(super) has_incomplete_snapshots: bool,
+    /// What stands in for lost L2 tables.
+    pub(super) stand_in: StandIn,
     /// Bytes that counts may take.
     pub(super) memory: usize,
     pub(super) progress: &'a Progress,
@@ -73,6 +76,7 @@ impl<'a> Checker<'a> {
             needs_rebuild: false,
             has_broken_bitmaps: false,
             has_incomplete_snapshots: false,
+            stand_in: StandIn::default(),
             memory,
             progress,
             listener,

@@ -51,6 +51,13 @@ impl Fault {
     }
 }
 
+impl Fault {
+    /// Whether an L1 entry that has it leads to no L2 table, and should.
+    pub(super) fn loses_table(self) -> bool {
+        matches!(self, Self::Unaligned | Self::BeyondEnd)
+    }
+}
+
 /// What entries are judged by.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bounds {
@@ -354,9 +361,15 @@ mod tests {
         ] {
             assert_eq!(l2(extended, descriptor, bitmap), (vec![fault], mended));
         }
-        for word in [1, COPIED, 0x5_0200, 0x20_0000] {
+        for (word, faults) in [
+            (1, vec![Fault::ReservedBits, Fault::FlagsWithoutTable]),
+            (COPIED, vec![Fault::FlagsWithoutTable]),
+            (0x5_0200, vec![Fault::Unaligned]),
+            (0x20_0000, vec![Fault::BeyondEnd]),
+        ] {
             let verdict = judge_l1(&bounds(false), word);
             assert_eq!((verdict.table, verdict.mended), (None, 0), "{word:#x}");
+            assert_eq!(verdict.faults, faults, "{word:#x}");
         }
     }
 

@@ -35,7 +35,7 @@ struct Round {
 
 impl Checker<'_> {
     /// Has tables end within the file that begin there (invariant 3): the disk's L1 table loses entries that the disk
-    /// does not need; for others the file grows, by what reads as zeros anyway.
+    /// does not need; for others the file grows. What an L1 table has lost at its end reads as zeros.
     ///
     /// # Errors
     /// The storage's.
@@ -48,8 +48,12 @@ impl Checker<'_> {
         let silent = std::mem::replace(&mut self.voice, Voice::Silent);
         let snapshots = self.read_snapshots().await?;
         self.voice = silent;
-        let l1_tables = [self.active_l1()].into_iter().chain(snapshots.tables);
+        let l1_tables: Vec<L1Place> = [self.active_l1()]
+            .into_iter()
+            .chain(snapshots.tables)
+            .collect();
         let end = l1_tables
+            .iter()
             .map(|table| (table.at, table.entries * 8))
             .chain([refcounts, (self.header.snapshots_offset, snapshots.len)])
             .filter(|(at, len)| at.0 < self.bounds.file_len && !self.bounds.holds(at.0, *len))
@@ -62,7 +66,11 @@ impl Checker<'_> {
             );
             self.storage.set_len(end).await?;
             self.storage.flush().await?;
-            self.bounds.file_len = self.storage.len();
+            let cut_at = std::mem::replace(&mut self.bounds.file_len, self.storage.len());
+            for table in l1_tables.iter().filter(|table| table.at.0 < cut_at) {
+                self.replace_cut_off(table.at, table.entries, cut_at)
+                    .await?;
+            }
         }
         Ok(is_shorter || end.is_some())
     }
@@ -98,7 +106,8 @@ impl Checker<'_> {
             return Ok(false);
         }
         let bytes = self.read(at, len).await?;
-        let copy = self.append(&self.mended_l1(&bytes)).await?;
+        let mended = self.mended_l1(at, &bytes).await?;
+        let copy = self.append(&mended).await?;
         self.storage.flush().await?;
         self.header.l1_table_offset = copy;
         self.write_header().await?;
@@ -107,14 +116,19 @@ impl Checker<'_> {
         Ok(true)
     }
 
-    /// An L1 table with all its entries mended. (A copy of one that led behind the end of the file would lead to what
-    /// is appended next.)
-    pub(super) fn mended_l1(&self, table: &[u8]) -> Vec<u8> {
+    /// The L1 table at `at` with all its entries mended. (A copy of one that led behind the end of the file would lead
+    /// to what is appended next.)
+    ///
+    /// # Errors
+    /// As [`Checker::mended_l1_word`].
+    pub(super) async fn mended_l1(&mut self, at: HostOffset, table: &[u8]) -> Result<Vec<u8>> {
         let (words, _) = table.as_chunks::<8>();
-        let mended = words
-            .iter()
-            .map(|word| judge_l1(&self.bounds, u64::from_be_bytes(*word)).mended);
-        mended.flat_map(u64::to_be_bytes).collect()
+        let mut mended = Vec::with_capacity(table.len());
+        for (index, word) in (0..).zip(words) {
+            let word = u64::from_be_bytes(*word);
+            mended.extend(self.mended_l1_word(at, index, word).await?.to_be_bytes());
+        }
+        Ok(mended)
     }
 
     /// Mends all entries that a window's counts tell enough about; the answer is whether anything has changed.
@@ -144,9 +158,9 @@ impl Checker<'_> {
                     continue;
                 }
                 let verdict = judge_l1(&self.bounds, word);
-                if verdict.mended != word {
-                    self.tell_l1(&table, index, verdict.mended);
-                    round.entries.push((at, verdict.mended));
+                let mended = self.mended_l1_word(table.at, index, word).await?;
+                if mended != word {
+                    round.entries.push((at, mended));
                 }
                 if let Some(l2) = verdict.table {
                     self.place_l2(counts, (at, verdict.mended), l2, round, &mut batch)
@@ -157,19 +171,6 @@ impl Checker<'_> {
             self.write_l1_entries(round).await?;
         }
         Ok(())
-    }
-
-    fn tell_l1(&mut self, table: &L1Place, index: u64, mended: u64) {
-        let outcome = if mended == 0 {
-            "what it led to is given up"
-        } else {
-            "its reserved bits are cleared"
-        };
-        let at = table.at;
-        self.tell(
-            Severity::Repair,
-            format!("L1 entry {index} of the table at {at:#x}: {outcome}"),
-        );
     }
 
     /// Has an L2 table mended where it is, or copies it if it is something else, too.
@@ -279,7 +280,7 @@ impl Checker<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::Arc;
 
     use super::super::{Repair, check, repair};
@@ -287,23 +288,31 @@ mod tests {
     use crate::progress::Progress;
     use crate::qcow2::Qcow2;
     use crate::qcow2::create::{CreateOptions, create};
-    use crate::storage::{MemoryStorage, Storage};
+    use crate::storage::{CrashStorage, Delays, Lost, MemoryStorage, Storage};
     use crate::sys::{IoBuf, block_on};
     use crate::units::{GuestOffset, HostOffset};
 
-    fn open(storage: &Arc<MemoryStorage>, access: Access) -> Qcow2 {
+    pub(in crate::qcow2::check) fn open(storage: &Arc<MemoryStorage>, access: Access) -> Qcow2 {
         let storage = Arc::clone(storage) as Arc<dyn Storage>;
         block_on(Qcow2::open(storage, None, access)).unwrap()
     }
 
     /// An image of 8 MiB that begins with so many sevens.
-    fn image_with(data: usize) -> Arc<MemoryStorage> {
-        let storage = Arc::new(MemoryStorage::default());
+    pub(in crate::qcow2::check) fn image_with(data: usize) -> Arc<MemoryStorage> {
         let options = CreateOptions {
             cluster_size: 4096,
             ..CreateOptions::new(8 << 20)
         };
-        block_on(create(storage.as_ref(), &options)).unwrap();
+        image_of(&options, data)
+    }
+
+    /// As [`image_with`], with other options.
+    pub(in crate::qcow2::check) fn image_of(
+        options: &CreateOptions,
+        data: usize,
+    ) -> Arc<MemoryStorage> {
+        let storage = Arc::new(MemoryStorage::default());
+        block_on(create(storage.as_ref(), options)).unwrap();
         let disk = open(&storage, Access::ReadWrite);
         let data = IoBuf::from_bytes(&vec![7; data]);
         block_on(disk.write(GuestOffset(0), data)).unwrap();
@@ -362,5 +371,34 @@ mod tests {
         };
         assert!(read(0, 64 << 10).iter().all(|byte| *byte == 7));
         assert!(read(2 << 20, 64 << 10).iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_copy_of_an_l2_table_is_durable_before_it_is_in_force() {
+        const COPIED: u64 = 1 << 63;
+        let storage = image_with(64 << 10);
+        let bytes = storage.contents();
+        let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+        let l2 = word(usize::try_from(word(40)).unwrap()) & !COPIED;
+        // An entry for which the table itself is data.
+        let entry = IoBuf::from_bytes(&(l2 | COPIED).to_be_bytes());
+        block_on(storage.writev(HostOffset(l2 + 100 * 8), entry)).unwrap();
+        let storage = CrashStorage::new(storage.contents(), Delays::none());
+        let all = |storage: &dyn Storage| {
+            let progress = Progress::default();
+            block_on(repair(storage, Repair::All, &mut |_| {}, &progress)).unwrap()
+        };
+        assert!(all(&storage).after.is_clean());
+        for cut in storage.moments() {
+            for seed in 0..8 {
+                let left = storage.after_power_cut(cut, Lost::Some { seed });
+                let left = Arc::new(MemoryStorage::new(left));
+                assert!(all(left.as_ref()).after.is_clean());
+                let buf = IoBuf::zeroed(64 << 10);
+                let disk = open(&left, Access::ReadOnly);
+                block_on(disk.read(GuestOffset(0), buf.clone())).unwrap();
+                assert!(buf.to_vec().iter().all(|byte| *byte == 7), "{cut:?} {seed}");
+            }
+        }
     }
 }

@@ -27,6 +27,7 @@ mod checker;
 mod copied;
 mod counts;
 mod entries;
+mod lost;
 mod mend;
 mod rebuild;
 mod refcounts;
@@ -93,9 +94,12 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::error::ErrorKind;
     use crate::image::{Access, Image};
     use crate::qcow2::Qcow2;
     use crate::qcow2::create::{CreateOptions, create};
+    use crate::qcow2::header_extension::ExtensionType;
+    use crate::qcow2::header_update::set_extension;
     use crate::storage::MemoryStorage;
     use crate::sys::{IoBuf, block_on};
     use crate::units::{GuestOffset, HostOffset};
@@ -150,5 +154,78 @@ mod tests {
         let whole = check_within(storage.as_ref(), MEMORY);
         assert!(whole.1.len() >= 4, "{whole:?}");
         assert_eq!(check_within(storage.as_ref(), 0), whole);
+    }
+
+    fn put(storage: &MemoryStorage, at: u64, bytes: &[u8]) {
+        block_on(storage.writev(HostOffset(at), IoBuf::from_bytes(bytes))).unwrap();
+    }
+
+    #[test]
+    fn tables_that_leave_the_file_are_told() {
+        let storage = image();
+        put(&storage, 36, &(1u32 << 22).to_be_bytes());
+        let (report, lines) = check_within(storage.as_ref(), MEMORY);
+        assert!(report.corruptions > 0);
+        let is_told = |line: &String| {
+            line.starts_with("ERROR L1 table") && line.contains("beyond the end of the file")
+        };
+        assert!(lines.iter().any(is_told), "{:?}", lines.first());
+    }
+
+    #[test]
+    fn what_an_encryption_header_takes_up_is_in_use() {
+        let storage = super::mend::tests::image_with(4096);
+        let at = storage.len().next_multiple_of(4096);
+        put(&storage, at, &[0; 8192]);
+        let area = [at.to_be_bytes(), 8192u64.to_be_bytes()].concat();
+        let extension = ExtensionType::FULL_DISK_ENCRYPTION;
+        block_on(set_extension(storage.as_ref(), extension, &area)).unwrap();
+        let (_, lines) = check_within(storage.as_ref(), MEMORY);
+        let first = at / 4096;
+        let expected = [first, first + 1]
+            .map(|cluster| format!("ERROR cluster {cluster} refcount=0 reference=1"));
+        assert_eq!(lines, expected);
+    }
+
+    /// A table of snapshots with L1 tables at these places, of so many entries.
+    fn with_snapshots(tables: &[(u64, u32)]) -> Arc<MemoryStorage> {
+        let storage = image();
+        let mut entries = Vec::new();
+        for (at, len) in tables {
+            entries.extend(at.to_be_bytes());
+            entries.extend(len.to_be_bytes());
+            entries.extend([0; 24]);
+            entries.extend(24u32.to_be_bytes());
+            entries.extend([0; 24]);
+        }
+        let at = storage.len().next_multiple_of(512);
+        put(&storage, at, &entries);
+        put(
+            &storage,
+            60,
+            &u32::try_from(tables.len()).unwrap().to_be_bytes(),
+        );
+        put(&storage, 64, &at.to_be_bytes());
+        storage
+    }
+
+    #[test]
+    fn an_l1_table_counts_once_for_every_snapshot_that_has_it() {
+        let storage = image();
+        let at = storage.len().next_multiple_of(512);
+        let storage = with_snapshots(&[(at + 512, 1), (at + 512, 1)]);
+        put(&storage, at + 512, &[0; 512]);
+        let (_, lines) = check_within(storage.as_ref(), MEMORY);
+        let expected = format!("ERROR cluster {} refcount=0 reference=2", at / 512 + 1);
+        assert!(lines.contains(&expected), "{lines:?}");
+    }
+
+    #[test]
+    fn overlapping_l1_tables_of_snapshots_are_refused() {
+        let storage = with_snapshots(&[(512, 4 << 20), (512, (4 << 20) - 1), (512, (4 << 20) - 2)]);
+        let checked = block_on(check(storage.as_ref(), &mut |_| {}, &Progress::default()));
+        let error = checked.unwrap_err();
+        assert!(error.to_string().contains("checking"), "{error}");
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
     }
 }

@@ -13,6 +13,7 @@
 //!    their refcounts are lowered.
 //! 2. What can be read keeps its contents. What cannot, since its entry leads nowhere, reads as zeros afterwards.
 //! 3. The dirty and the corrupt bit go last, and only if nothing corrupt is left.
+//! 4. Where tables are broken, only a repair of everything frees leaks: a broken entry may have led to them.
 
 use super::super::features::{AutoclearFeatures, IncompatibleFeatures};
 use super::super::header::Header;
@@ -35,7 +36,7 @@ const ROUNDS: usize = 4;
 /// What is to be repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Repair {
-    /// Refcounts that are too high.
+    /// Refcounts that are too high, unless tables are broken, whose entries may have led there.
     Leaks,
     /// Refcounts and the flags that follow from them, as they are after a crash with lazy refcounts. Nothing that
     /// tables say of the disk changes.
@@ -153,8 +154,16 @@ enum Hears {
 impl Job<'_, '_> {
     async fn run(&mut self, what: Repair) -> Result<Repaired> {
         let (before, mut found) = self.check(Hears::All).await?;
-        // What a broken table hides is not to be freed by whoever only opens the image.
-        let is_possible = what != Repair::Refcounts || !found.tables;
+        // Invariant 4.
+        let is_possible = what == Repair::All || !found.tables;
+        if what == Repair::Leaks && found.tables && before.leaks > 0 {
+            (self.listener)(Finding {
+                severity: Severity::Leak,
+                text: "clusters are not freed, since broken entries may have led to them: mend these, too, with `-r \
+                       all`, or copy the disk first with `seethrough convert`"
+                    .into(),
+            });
+        }
         let after = if before.is_clean() || !is_possible {
             before
         } else {
@@ -348,7 +357,8 @@ impl Checker<'_> {
             let is_shared = |cluster| counts.covers(cluster) && counts.get(cluster) > times;
             if self.bounds.holds(at.0, entries * 8) && clusters.any(is_shared) {
                 let bytes = self.read(at, entries * 8).await?;
-                snapshot.l1_table_offset = self.append(&self.mended_l1(&bytes)).await?;
+                let mended = self.mended_l1(at, &bytes).await?;
+                snapshot.l1_table_offset = self.append(&mended).await?;
                 is_changed = true;
             }
         }

@@ -1,0 +1,275 @@
+//! L2 tables in place of lost ones: what they led to reads as zeros, and not as a backing image has it.
+//!
+//! # Invariants
+//!
+//! 1. One table stands in for as many as its refcount can count, so that what a broken L1 table makes of the file is
+//!    bounded.
+//! 2. A version 2 image has no zero flag, and one without a backing image needs none: there the entry becomes empty.
+
+use super::super::entry::READS_ZERO;
+use super::checker::Checker;
+use super::entries::judge_l1;
+use super::report::Severity;
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::HostOffset;
+
+/// The most tables that stand in for lost ones.
+const MOST: u64 = 1024;
+
+/// The table that stands in for lost ones.
+#[derive(Debug, Default)]
+pub(super) struct StandIn {
+    /// Where it lies, once there is one.
+    at: Option<HostOffset>,
+    /// Entries that lead to it.
+    references: u64,
+    /// Tables so far, with this one.
+    tables: u64,
+}
+
+impl Checker<'_> {
+    /// What an entry of the L1 table at `table` becomes; `index` is its number there.
+    ///
+    /// # Errors
+    /// The storage's, and those of [`Checker::stand_in`].
+    pub(super) async fn mended_l1_word(
+        &mut self,
+        table: HostOffset,
+        index: u64,
+        word: u64,
+    ) -> Result<u64> {
+        let verdict = judge_l1(&self.bounds, word);
+        let is_lost = verdict.faults.iter().any(|fault| fault.loses_table());
+        let mended = if is_lost {
+            self.stand_in().await?
+        } else {
+            verdict.mended
+        };
+        if mended != word {
+            let outcome = if is_lost {
+                format!(
+                    "what it led to is lost, and reads as {}",
+                    self.lost_reads_as()
+                )
+            } else {
+                "its reserved bits are cleared".to_owned()
+            };
+            self.tell(
+                Severity::Repair,
+                format!("L1 entry {index} of the table at {table:#x}: {outcome}"),
+            );
+        }
+        Ok(mended)
+    }
+
+    /// Has the entries of an L1 table lead to stand-ins that a file cut off at `old_len` has lost.
+    ///
+    /// # Errors
+    /// The storage's, and those of [`Checker::stand_in`].
+    pub(super) async fn replace_cut_off(
+        &mut self,
+        table: HostOffset,
+        entries: u64,
+        old_len: u64,
+    ) -> Result<()> {
+        let first = old_len.saturating_sub(table.0).div_ceil(8);
+        if first >= entries {
+            return Ok(());
+        }
+        let reads_as = self.lost_reads_as();
+        self.tell(
+            Severity::Repair,
+            format!(
+                "L1 entries {first} to {} of the table at {table:#x}: the end of the file has cut them off, and what \
+                 they led to is lost, and reads as {reads_as}",
+                entries - 1
+            ),
+        );
+        let mut words = Vec::new();
+        for _ in first..entries {
+            words.extend(self.stand_in().await?.to_be_bytes());
+        }
+        self.storage.flush().await?;
+        self.write(HostOffset(table.0 + first * 8), &words).await?;
+        self.storage.flush().await
+    }
+
+    /// What lost data reads as.
+    fn lost_reads_as(&self) -> &'static str {
+        if self.header.backing_file.is_some() && !self.bounds.geometry.has_zero_flag() {
+            "the backing image, for want of zero clusters in version 2"
+        } else {
+            "zeros"
+        }
+    }
+
+    /// The L1 entry in place of one that is lost. The table that it leads to is not durable yet.
+    ///
+    /// # Errors
+    /// The storage's; [`ErrorKind::Unsupported`] if that would take too many tables.
+    async fn stand_in(&mut self) -> Result<u64> {
+        // Invariant 2.
+        if self.header.backing_file.is_none() || !self.bounds.geometry.has_zero_flag() {
+            return Ok(0);
+        }
+        let at = match self.stand_in.at {
+            Some(at) if self.stand_in.references < self.refcount_max() => at,
+            _ => self.append_stand_in().await?,
+        };
+        self.stand_in.references += 1;
+        Ok(at.0)
+    }
+
+    async fn append_stand_in(&mut self) -> Result<HostOffset> {
+        if self.stand_in.tables == MOST {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "more L2 tables are lost than refcounts of this width can replace: copy the disk with `seethrough \
+                 convert`",
+            ));
+        }
+        let entry = if self.bounds.geometry.has_extended_l2() {
+            let zero = u64::from(self.bounds.geometry.full_mask()) << 32;
+            [0u64.to_be_bytes(), zero.to_be_bytes()].concat()
+        } else {
+            READS_ZERO.to_be_bytes().to_vec()
+        };
+        let entries = self.header.l2_entries();
+        let table = entry.repeat(super::super::geometry::to_usize(entries));
+        let at = self.append(&table).await?;
+        self.stand_in = StandIn {
+            at: Some(at),
+            references: 0,
+            tables: self.stand_in.tables + 1,
+        };
+        Ok(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::mend::tests::{image_of, image_with};
+    use super::super::{Repair, Repaired, repair};
+    use super::*;
+    use crate::image::{Access, Image};
+    use crate::progress::Progress;
+    use crate::qcow2::Qcow2;
+    use crate::qcow2::create::{BackingReference, CreateOptions};
+    use crate::storage::{MemoryStorage, Storage};
+    use crate::sys::{IoBuf, block_on};
+    use crate::units::GuestOffset;
+
+    const COPIED: u64 = 1 << 63;
+
+    fn overlay(cluster_size: u64) -> Arc<MemoryStorage> {
+        let options = CreateOptions {
+            cluster_size,
+            backing: Some(BackingReference {
+                file: "base".into(),
+                format: "qcow2".to_owned(),
+            }),
+            ..CreateOptions::new(8 << 20)
+        };
+        image_of(&options, 64 << 10)
+    }
+
+    fn word(storage: &MemoryStorage, at: u64) -> u64 {
+        let bytes = storage.contents();
+        let at = usize::try_from(at).unwrap();
+        u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
+    }
+
+    fn put(storage: &MemoryStorage, at: u64, bytes: &[u8]) {
+        block_on(storage.writev(HostOffset(at), IoBuf::from_bytes(bytes))).unwrap();
+    }
+
+    fn work(storage: &MemoryStorage, what: Repair) -> (Repaired, String) {
+        let mut lines = String::new();
+        let mut listener = |finding| lines.push_str(&format!("{finding}\n"));
+        let progress = Progress::default();
+        let work = block_on(repair(storage, what, &mut listener, &progress));
+        (work.unwrap(), lines)
+    }
+
+    /// What the disk reads at `at` over a backing image full of sevens.
+    fn read(storage: &Arc<MemoryStorage>, at: u64) -> u8 {
+        let sevens = image_with(8 << 20) as Arc<dyn Storage>;
+        let backing = block_on(Qcow2::open(sevens, None, Access::ReadOnly)).unwrap();
+        let storage = Arc::clone(storage) as Arc<dyn Storage>;
+        let disk = Qcow2::open(storage, Some(Arc::new(backing)), Access::ReadOnly);
+        let buf = IoBuf::zeroed(512);
+        block_on(async { disk.await.unwrap().read(GuestOffset(at), buf.clone()).await }).unwrap();
+        buf.to_vec()[0]
+    }
+
+    #[test]
+    fn what_a_lost_table_led_to_reads_as_zeros_and_not_as_the_backing_image() {
+        let storage = overlay(4096);
+        let l1 = word(&storage, 40);
+        for (entry, lost) in [(1, COPIED | 1 << 40), (3, COPIED | 0x1200)] {
+            put(&storage, l1 + entry * 8, &lost.to_be_bytes());
+        }
+        let (repaired, lines) = work(&storage, Repair::All);
+        assert!(repaired.after.is_clean(), "{lines}");
+        assert!(lines.contains("L1 entry 3"), "{lines}");
+        let found = [0, 2 << 20, 4 << 20, 6 << 20].map(|at| read(&storage, at));
+        assert_eq!(found, [7, 0, 7, 0]);
+    }
+
+    #[test]
+    fn what_an_l1_table_has_lost_at_its_end_reads_as_zeros() {
+        let storage = overlay(512);
+        let (at, end) = (word(&storage, 40), storage.len().next_multiple_of(512));
+        let bytes = storage.contents();
+        let l1 = &bytes[usize::try_from(at).unwrap()..][..512];
+        put(&storage, end, l1);
+        put(&storage, 40, &end.to_be_bytes());
+        // 64 of 256 entries are left, for 32 KiB each.
+        assert_eq!(storage.len(), end + 512);
+        let (repaired, lines) = work(&storage, Repair::All);
+        assert!(repaired.after.is_clean(), "{lines}");
+        assert!(lines.contains("L1 entries 64 to 255"), "{lines}");
+        let found = [0, 1 << 20, 2 << 20, (8 << 20) - 512].map(|at| read(&storage, at));
+        assert_eq!(found, [7, 7, 0, 0]);
+    }
+
+    #[test]
+    fn leaks_stay_where_a_broken_entry_may_have_led_to_them() {
+        let storage = image_with(64 << 10);
+        let l2 = word(&storage, word(&storage, 40)) & !COPIED;
+        let entry = word(&storage, l2);
+        put(&storage, l2, &(COPIED | 1 << 40).to_be_bytes());
+        let (repaired, lines) = work(&storage, Repair::Leaks);
+        assert_eq!(
+            (repaired.before.leaks, repaired.after.leaks),
+            (1, 1),
+            "{lines}"
+        );
+        assert!(lines.contains("clusters are not freed"), "{lines}");
+        // Whoever knows where it led can still mend it by hand.
+        put(&storage, l2, &entry.to_be_bytes());
+        let (repaired, lines) = work(&storage, Repair::Leaks);
+        assert!(repaired.before.is_clean(), "{lines}");
+    }
+
+    #[test]
+    fn leaks_are_freed_beside_refcounts_that_are_too_low() {
+        let storage = image_with(64 << 10);
+        let l2 = word(&storage, word(&storage, 40)) & !COPIED;
+        let data = (word(&storage, l2) & !COPIED) / 4096;
+        put(&storage, l2 + 8, &[0; 8]);
+        let block = word(&storage, word(&storage, 48));
+        put(&storage, block + 2 * data, &[0, 0]);
+        let (repaired, lines) = work(&storage, Repair::Leaks);
+        assert_eq!(
+            (repaired.before.leaks, repaired.after.leaks),
+            (1, 0),
+            "{lines}"
+        );
+        // The entry without a reference keeps its flag: the others are nobody's business.
+        assert!(repaired.after.corruptions > 0, "{lines}");
+        assert_eq!(word(&storage, l2) & COPIED, COPIED, "{lines}");
+    }
+}
