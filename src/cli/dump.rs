@@ -18,7 +18,9 @@ use crate::image::Access;
 use crate::qcow2::bitmap::BitmapDirectory;
 use crate::qcow2::dump::{Dump as Tables, Entry, Found, Holds, Meaning, Refcount, Trace, Use};
 use crate::qcow2::header::Header;
-use crate::qcow2::header_extension::{ExtensionType, HeaderExtensions, SEETHROUGH_EXTENSION};
+use crate::qcow2::header_extension::{
+    ExtensionType, HeaderExtensions, SEETHROUGH_EXTENSION, VOID_EXTENSION,
+};
 use crate::qcow2::snapshot_table::read_snapshots;
 use crate::storage::{FileStorage, Storage};
 use crate::sys::{IoBuf, block_on};
@@ -289,6 +291,7 @@ fn extensions_json(extensions: &HeaderExtensions) -> Value {
             ExtensionType::FULL_DISK_ENCRYPTION => "full disk encryption header",
             ExtensionType::EXTERNAL_DATA_FILE_NAME => "external data file name",
             SEETHROUGH_EXTENSION => "seethrough",
+            VOID_EXTENSION => "void",
             _ => "unknown",
         };
         let mut object = json!({ "type": kind.0, "name": name, "length": data.len() });

@@ -20,6 +20,8 @@ use super::data_file::DataFile;
 use super::geometry::{Geometry, to_usize};
 use super::grace::Grace;
 use super::header::{CompressionType, Header};
+use super::header_extension::ExtensionType;
+use super::header_update::set_extension;
 use super::health::Health;
 use super::l1::L1Table;
 use super::quarantine::{Dropped, Retired};
@@ -208,6 +210,22 @@ impl Qcow2 {
     #[must_use]
     pub fn storage(&self) -> &Arc<dyn Storage> {
         &self.storage
+    }
+
+    /// Sets a header extension of this open image, durably: a power cut leaves the old one or the new one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReadOnly`](crate::error::ErrorKind::ReadOnly); and as
+    /// [`set_extension`](super::header_update::set_extension).
+    pub async fn set_extension(&self, extension_type: ExtensionType, data: &[u8]) -> Result<()> {
+        self.begin_writing().await?;
+        let mut header = self.header.lock().await;
+        let unless_known = self.health.poison_if_dropped("setting a header extension");
+        let outcome = set_extension(self.storage.as_ref(), extension_type, data).await;
+        // The backing file's name may have moved, even if the rest has failed.
+        *header = Header::read(self.storage.as_ref()).await?;
+        unless_known.settle();
+        outcome
     }
 
     /// Changes the header's fixed fields, on disk and in memory: one write within one sector.

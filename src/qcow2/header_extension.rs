@@ -14,6 +14,33 @@ const END: ExtensionType = ExtensionType(0);
 /// Bytes of an extension's type and length in front of its data.
 pub(super) const PREFIX: usize = 8;
 
+/// An extension's type and length as they stand in front of its data.
+///
+/// # Errors
+/// [`ErrorKind::InvalidConfig`] if the length does not fit its 32-bit field.
+pub(super) fn prefix(extension_type: ExtensionType, len: usize) -> Result<[u8; PREFIX]> {
+    let len = u32::try_from(len).map_err(|_| {
+        Error::new(
+            ErrorKind::InvalidConfig,
+            "a header extension is longer than 32 bits can say",
+        )
+    })?;
+    let mut bytes = [0; PREFIX];
+    bytes[..4].copy_from_slice(&extension_type.0.to_be_bytes());
+    bytes[4..].copy_from_slice(&len.to_be_bytes());
+    Ok(bytes)
+}
+
+/// Where an extension lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Placed {
+    pub(super) extension_type: ExtensionType,
+    /// Where its prefix begins, in bytes from the beginning of the list.
+    pub(super) at: usize,
+    /// Bytes that its data and their padding take.
+    pub(super) capacity: usize,
+}
+
 /// Every extension starts on a multiple of this.
 const ALIGNMENT: usize = 8;
 
@@ -36,6 +63,9 @@ impl ExtensionType {
     /// The name of the external data file, as a string.
     pub const EXTERNAL_DATA_FILE_NAME: Self = Self(0x4441_5441);
 }
+
+/// Our own extension that says nothing: room of an extension that was superseded.
+pub const VOID_EXTENSION: ExtensionType = ExtensionType(0x5ee7_b39e);
 
 /// Our own extension: the declaration of regions, as JSON.
 ///
@@ -100,14 +130,7 @@ impl HeaderExtensions {
     /// [`ErrorKind::InvalidConfig`] if an extension's length does not fit its 32-bit field.
     pub fn encode(&self, out: &mut Vec<u8>) -> Result<()> {
         for extension in &self.list {
-            let len = u32::try_from(extension.data.len()).map_err(|_| {
-                Error::new(
-                    ErrorKind::InvalidConfig,
-                    "a header extension is longer than 32 bits can say",
-                )
-            })?;
-            out.extend(extension.extension_type.0.to_be_bytes());
-            out.extend(len.to_be_bytes());
+            out.extend(prefix(extension.extension_type, extension.data.len())?);
             out.extend(&extension.data);
             out.resize(out.len().next_multiple_of(ALIGNMENT), 0);
         }
@@ -155,6 +178,22 @@ impl HeaderExtensions {
     pub fn remove(&mut self, extension_type: ExtensionType) {
         self.list
             .retain(|extension| extension.extension_type != extension_type);
+    }
+
+    /// Where each extension lies, in their order.
+    pub(super) fn placed(&self) -> Vec<Placed> {
+        let mut at = 0;
+        let place = |extension: &Extension| {
+            let capacity = extension.data.len().next_multiple_of(ALIGNMENT);
+            let placed = Placed {
+                extension_type: extension.extension_type,
+                at,
+                capacity,
+            };
+            at += PREFIX + capacity;
+            placed
+        };
+        self.list.iter().map(place).collect()
     }
 
     /// The types present, in their order.

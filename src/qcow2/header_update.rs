@@ -1,28 +1,35 @@
 //! Setting a header extension of an existing image so that a power cut leaves the old header or the new one.
 //!
 //! ```text
-//! before  ├─ fields ─┼─ extensions ─┼─ end mark ─┼─ backing file name ─┤
-//! after   ├─ fields ─┼─ extensions ─┼─ new extension ─┼─ end mark ─┼─ backing file name ─┤
+//! before   ├─ fields ─┼─ old extension ─┼─ end mark ─┼─ backing file name ─┤
+//! added    ├─ fields ─┼─ void ──────────┼─ new extension ─┼─ end mark ─┼─ backing file name ─┤
+//! next     ├─ fields ─┼─ newer extension┼─ void ──────────┼─ end mark ─┼─ backing file name ─┤
 //! ```
 //!
 //! # Invariants
 //!
 //! 1. Everything is written where the header in force does not look, and made durable. Then one write inside one
-//!    sector brings it into force: of the name's offset, and after that of the extension in place of the end mark.
-//! 2. An extension that was there already is superseded by a later one of its type, and stays until room is short.
+//!    sector brings it into force: of the name's offset, and after that of the extension in place of the end mark; or
+//!    of the prefix of an extension, which never crosses a sector.
+//! 2. An extension that was there already is superseded by a later one of its type, and made void then. So there are
+//!    two of one type after a power cut alone: stock QEMU turns the order of those that it does not know around when
+//!    it writes a header, and the older one would come back.
+//! 3. Room of void extensions is used again.
 
 use super::header::Header;
-use super::header_extension::{ExtensionType, HeaderExtensions, PREFIX};
+use super::header_extension::{
+    ExtensionType, HeaderExtensions, PREFIX, Placed, VOID_EXTENSION, prefix,
+};
 use crate::error::Result;
 use crate::storage::Storage;
 use crate::sys::IoBuf;
 use crate::units::HostOffset;
 
 /// Sets an extension of the image in `storage`, which nobody has open: whoever has would not learn of it, and might
-/// write the old header back.
+/// write the old header back. (An open image has [`Qcow2::set_extension`](super::Qcow2::set_extension).)
 ///
 /// # Errors
-/// [`ErrorKind::InvalidConfig`] if the extension does not fit the first cluster, and nothing is changed; those of
+/// [`ErrorKind::InvalidConfig`](crate::error::ErrorKind::InvalidConfig) if the extension does not fit the first cluster, and nothing is changed; those of
 /// [`Header::read`] and of the storage.
 pub async fn set_extension(
     storage: &dyn Storage,
@@ -31,16 +38,100 @@ pub async fn set_extension(
 ) -> Result<()> {
     let header = Header::read(storage).await?;
     header.require_writable()?;
+    let there = Room::of(&header, extension_type);
     if header.extension(extension_type) == Some(data) {
-        return Ok(());
+        return there.make_void(storage, there.superseded()).await;
+    }
+    if let Some(slot) = there.slot_for(data.len()) {
+        return there.fill(storage, slot, extension_type, data).await;
     }
     match Append::plan(&header, extension_type, data) {
-        Some(append) => append.run(storage, header).await,
+        Some(append) => {
+            append.run(storage, header).await?;
+            there.make_void(storage, &there.same).await
+        }
         None => {
             let mut header = header.with_extension(extension_type, data.to_vec());
+            header.extensions.remove(VOID_EXTENSION);
             let cluster = header.encode()?;
             put(storage, 0, &cluster).await
         }
+    }
+}
+
+/// What there is of one type in a header, and the room that void extensions leave. Places are from the beginning of
+/// the file.
+struct Room {
+    /// Extensions of the type, in their order: the last one is in force.
+    same: Vec<Placed>,
+    /// Runs of void extensions, each as one.
+    void: Vec<Placed>,
+}
+
+impl Room {
+    fn of(header: &Header, extension_type: ExtensionType) -> Self {
+        let mut room = Self {
+            same: Vec::new(),
+            void: Vec::new(),
+        };
+        for mut placed in header.extensions.placed() {
+            placed.at += header.header_length();
+            if placed.extension_type == extension_type {
+                room.same.push(placed);
+            } else if placed.extension_type == VOID_EXTENSION {
+                match room.void.last_mut() {
+                    Some(last) if last.at + PREFIX + last.capacity == placed.at => {
+                        last.capacity += PREFIX + placed.capacity;
+                    }
+                    _ => room.void.push(placed),
+                }
+            }
+        }
+        room
+    }
+
+    /// Those that are not in force.
+    fn superseded(&self) -> &[Placed] {
+        self.same.split_last().map_or(&[], |(_, rest)| rest)
+    }
+
+    /// The smallest void room that has place for `len` bytes.
+    fn slot_for(&self, len: usize) -> Option<Placed> {
+        let fitting = self.void.iter().filter(|void| void.capacity >= len);
+        fitting.min_by_key(|void| void.capacity).copied()
+    }
+
+    /// Puts an extension into void room (invariant 1): first what the prefix in force skips, then the new prefix.
+    async fn fill(
+        &self,
+        storage: &dyn Storage,
+        slot: Placed,
+        extension_type: ExtensionType,
+        data: &[u8],
+    ) -> Result<()> {
+        put(storage, slot.at, &prefix(VOID_EXTENSION, slot.capacity)?).await?;
+        let mut body = data.to_vec();
+        body.resize(data.len().next_multiple_of(PREFIX), 0);
+        if let Some(rest) = (slot.capacity - body.len()).checked_sub(PREFIX) {
+            body.extend(prefix(VOID_EXTENSION, rest)?);
+        }
+        put(storage, slot.at + PREFIX, &body).await?;
+        // If those that are not in force went last, one of them would be in force for a moment.
+        self.make_void(storage, self.superseded()).await?;
+        put(storage, slot.at, &prefix(extension_type, data.len())?).await?;
+        self.make_void(storage, &self.same).await
+    }
+
+    async fn make_void(&self, storage: &dyn Storage, list: &[Placed]) -> Result<()> {
+        for placed in list {
+            put(
+                storage,
+                placed.at,
+                &prefix(VOID_EXTENSION, placed.capacity)?,
+            )
+            .await?;
+        }
+        Ok(())
     }
 }
 
@@ -236,10 +327,58 @@ pub(super) mod tests {
                         assert_eq!(declared.as_ref(), Some(&new));
                         break;
                     }
-                    assert_eq!(declared, old, "{backing:?} cut after {writes} writes");
+                    assert!(
+                        declared == old || declared.as_ref() == Some(&new),
+                        "{backing:?} cut after {writes} writes"
+                    );
                     writes += 1;
                 }
                 assert!(writes >= 2);
+            }
+        }
+    }
+
+    /// The type of every extension of ours, in their order.
+    fn ours(storage: &dyn Storage) -> Vec<ExtensionType> {
+        let header = block_on(Header::read(storage)).unwrap();
+        let types = header.extensions.types();
+        types
+            .filter(|one| [SEETHROUGH_EXTENSION, VOID_EXTENSION].contains(one))
+            .collect()
+    }
+
+    #[test]
+    fn an_extension_that_changes_again_and_again_keeps_to_two_places() {
+        let storage = MemoryStorage::new(header(Some("base.qcow2")).encode().unwrap());
+        let mut places = Vec::new();
+        for round in 0..50u8 {
+            let data = vec![round; 200 + usize::from(round % 7)];
+            set(&storage, &data).unwrap();
+            assert_eq!(declared(&storage), Some(data));
+            let ours = ours(&storage);
+            let valid = |one: &&ExtensionType| **one == SEETHROUGH_EXTENSION;
+            assert_eq!(ours.iter().filter(valid).count(), 1, "round {round}");
+            places.push(ours.len());
+        }
+        assert!(places.iter().all(|places| *places <= 4), "{places:?}");
+        let header = block_on(Header::read(&storage)).unwrap();
+        assert_eq!(header.backing_file.as_deref(), Some("base.qcow2".as_ref()));
+        assert!(header.extension(ExtensionType(0x1234)).is_some());
+    }
+
+    #[test]
+    fn a_power_cut_in_any_of_many_changes_leaves_the_old_extension_or_the_new_one() {
+        for cut in 0..120 {
+            let storage = PowerCut::after(cut, header(Some("base")).encode().unwrap());
+            let mut old = None;
+            for round in 0..20u8 {
+                let new = vec![round; 100 + usize::from(round) * 37 % 90];
+                if set(&storage, &new).is_err() {
+                    let left = declared(&storage);
+                    assert!(left == old || left == Some(new), "cut after {cut} writes");
+                    break;
+                }
+                old = Some(new);
             }
         }
     }
