@@ -335,6 +335,117 @@ fn scenario_10_children_see_the_bases_journal() {
     family.check_filesystems();
 }
 
+/// Section 2.4 of seed 000, with block groups in place of partitions: each of three siblings writes a region of its own
+/// in the base, and reads those of the others.
+#[test]
+fn scenario_11_siblings_write_their_shared_regions_and_read_the_others() {
+    const SHARED: [(&str, &str, &str); 3] = [
+        ("tom", "photos", "20-21"),
+        ("ann", "videos", "22"),
+        ("kim", "music", "23"),
+    ];
+    if !guests_available() {
+        return;
+    }
+    let mut family = Family::with_shared_regions(Filesystem::DEFAULTS, &SHARED);
+    // One more child that may write what tom writes, when tom does not.
+    family.create_child_of("tim", "photos");
+    family.serve_only(&["base", "tom", "ann", "kim"]);
+    let again =
+        family.seethrough_refuses(&["serve", "--vm", "name=tim,image=tim.qcow2,socket=tim.sock"]);
+    assert!(
+        again.contains("base.qcow2: cannot get the \"write\" lock"),
+        "{again}"
+    );
+
+    let mut base = family.boot_mounted("base");
+    let mut guests: Vec<(Guest, &str, &str)> = SHARED
+        .iter()
+        .map(|(child, region, _)| (family.boot_mounted(child), *child, *region))
+        .collect();
+    for round in 1..=2 {
+        base.start(&write_files(&format!("/mnt/usr-{round}"), "base", 60));
+        for (guest, child, region) in &mut guests {
+            guest.start(&write_files(&format!("/mnt/{region}/{round}"), child, 60));
+        }
+        assert_eq!(base.wait().status, 0);
+        for (guest, ..) in &mut guests {
+            assert_eq!(guest.wait().status, 0);
+        }
+        // All stay mounted while each in turn looks at what the others have brought to its place.
+        remount(&family, &mut base);
+        for (guest, ..) in &mut guests {
+            remount(&family, guest);
+        }
+        for (child, region, _) in SHARED {
+            let has_all = has_files(&format!("/mnt/{region}/{round}"), child, 60);
+            base.ok(&has_all);
+            base.fails(
+                &format!("touch /mnt/{region}/new"),
+                "Operation not permitted",
+            );
+            for (guest, name, _) in &mut guests {
+                guest.ok(&has_all);
+                guest.ok(&has_files(&format!("/mnt/usr-{round}"), "base", 60));
+                if *name != child {
+                    guest.fails(
+                        &format!("touch /mnt/{region}/new"),
+                        "Operation not permitted",
+                    );
+                }
+            }
+        }
+    }
+
+    // Tom is cut off while it writes, and so is the daemon: tim has to wait until tom was there again.
+    let (mut tom, ..) = guests.remove(0);
+    tom.start(
+        "i=0; while true; do i=$((i + 1)); mkdir /mnt/photos/d-$i && sync /mnt/photos/d-$i && echo made $i.; done",
+    );
+    tom.wait_for("made 20.");
+    for (guest, ..) in guests {
+        guest.shutdown();
+    }
+    base.shutdown();
+    family.kill_daemon();
+    tom.kill();
+    let held =
+        family.seethrough_refuses(&["serve", "--vm", "name=tim,image=tim.qcow2,socket=tim.sock"]);
+    assert!(held.contains("held by tom.qcow2"), "{held}");
+    assert!(
+        family
+            .seethrough_refuses(&["flatten", "ann.qcow2", "no"])
+            .contains("held by tom.qcow2")
+    );
+
+    family.serve_only(&["base", "tom", "ann", "kim"]);
+    let mut tom = family.boot_mounted("tom");
+    tom.ok("for i in $(seq 20); do [ -d /mnt/photos/d-$i ] || exit 1; done");
+    tom.ok(&has_files("/mnt/photos/2", "tom", 60));
+    tom.shutdown();
+    family.stop();
+    family.serve_only(&["tim", "ann"]);
+    let mut tim = family.boot_mounted("tim");
+    tim.ok("rm -r /mnt/photos/d-* /mnt/photos/1 && echo tim > /mnt/photos/name");
+    let mut ann = family.boot_mounted("ann");
+    ann.ok(&has_files("/mnt/photos/2", "tom", 60));
+    tim.shutdown();
+    remount(&family, &mut ann);
+    assert_eq!(
+        ann.ok("cat /mnt/photos/name; ls /mnt/photos | sort | tr '\\n' ' '"),
+        "tim\n2 name"
+    );
+    ann.shutdown();
+    family.stop();
+    let regions = family.seethrough_ok(&["regions", "base.qcow2"]);
+    assert!(
+        regions.contains("shared;") && !regions.contains("held by"),
+        "{regions}"
+    );
+    family.check_images(common::oracle::Tolerated::Leaks);
+    family.check_filesystems();
+}
+
 /// Whether a child reads all that the base committed up to a round.
 fn has_committed(rounds: usize) -> String {
     format!(

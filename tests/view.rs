@@ -15,6 +15,8 @@ mod file_search;
 mod journal;
 #[path = "view/overlay.rs"]
 mod overlay;
+#[path = "view/shared.rs"]
+mod shared;
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -32,7 +34,7 @@ use seethrough::storage::{Access, Delays, FaultStorage, ZeroMode};
 use seethrough::sys::{IoBuf, block_on};
 use seethrough::units::{BlockGroup, FsBlock, GuestOffset};
 use seethrough::view::View;
-use seethrough::view::declaration::{ChildDeclaration, Extent};
+use seethrough::view::declaration::{ChildDeclaration, Extent, Sharing};
 use seethrough::view::open::open_base;
 use seethrough::view::open::open_child;
 use seethrough::view::prepare::{Groups, Preparation, Request, Reserve};
@@ -700,6 +702,7 @@ fn what_cannot_be_prepared_is_left_as_it_is() {
     for (groups, directory, expected) in cases {
         let request = Request {
             name: "local".into(),
+            sharing: Sharing::Private,
             reserve: Reserve::Groups {
                 groups: Groups::Listed(groups.parse().unwrap()),
                 directory: directory.into(),
@@ -760,6 +763,7 @@ fn a_second_region_joins_the_first_but_never_overlaps_it() {
     let more = |groups: &str, name: &str, directory: &str| {
         let request = Request {
             name: name.into(),
+            sharing: Sharing::Private,
             reserve: Reserve::Groups {
                 groups: Groups::Listed(groups.parse().unwrap()),
                 directory: directory.into(),

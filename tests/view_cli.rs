@@ -293,3 +293,58 @@ fn a_released_region_is_the_bases_again_and_its_children_are_refused() {
         "the directory: {text}"
     );
 }
+
+#[test]
+fn a_shared_region_is_declared_listed_owned_and_given_back() {
+    let bench = Bench::new();
+    bench.make_base();
+    let prepare = "seethrough prepare base.qcow2 --reserve photos=groups:6 --dir /photos";
+    let error = bench.refused(&format!("{prepare} --shared videos"));
+    assert!(
+        error.contains("--shared videos belongs to no --reserve"),
+        "{error}"
+    );
+    let said = bench.run(&format!("{prepare} --shared photos"));
+    assert_eq!(
+        said,
+        "region photos: block groups 6, directory /photos, shared\n"
+    );
+    bench.run("seethrough prepare base.qcow2 --reserve local=groups:7 --dir /local");
+    for child in ["tom", "ann"] {
+        bench.run(&format!(
+            "seethrough create -q -b base.qcow2 --region photos {child}.qcow2"
+        ));
+    }
+    let both = "seethrough create -b base.qcow2 --region photos --region local both.qcow2";
+    assert!(bench.refused(both).contains("create a child for each"));
+    let listed = bench.run("seethrough regions base.qcow2 tom.qcow2 ann.qcow2");
+    assert!(
+        listed.contains("photos: groups 6, /photos, shared; 8 MiB"),
+        "{listed}"
+    );
+    assert!(listed.contains("of tom.qcow2, ann.qcow2"), "{listed}");
+    let json = bench.run("seethrough regions --output json base.qcow2");
+    assert!(json.contains(r#""sharing": "shared""#) && json.contains(r#""sharing": "private""#));
+    let error = bench.refused("seethrough prepare base.qcow2 --evict photos");
+    assert!(error.contains("nobody holds"), "{error}");
+    bench.run("seethrough snapshot -c now tom.qcow2");
+    assert!(
+        bench
+            .refused("seethrough snapshot -a now tom.qcow2")
+            .contains("create the child anew")
+    );
+    bench.run("seethrough flatten -O raw tom.qcow2 flat.raw");
+    bench.assert_clean("flat.raw");
+    bench.run("seethrough prepare base.qcow2 --enlarge photos=groups:5");
+    assert!(
+        bench
+            .run("seethrough prepare --adopt tom.qcow2")
+            .contains("block groups 5")
+    );
+    bench.run("seethrough prepare base.qcow2 --release photos");
+    for image in ["base.qcow2", "tom.qcow2"] {
+        bench.run(&format!("qemu-img check {image}"));
+    }
+    let error = bench.refused("seethrough flatten ann.qcow2 x.raw");
+    assert!(error.contains("no region \"photos\""), "{error}");
+}

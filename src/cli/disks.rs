@@ -10,7 +10,7 @@ use crate::image::Access;
 use crate::qcow2::cache_budget::CacheSize;
 use crate::storage::CacheMode;
 use crate::sys::block_on;
-use crate::view::declared::{Served, Views};
+use crate::view::declared::{Served, Views, bases_to_write};
 
 /// A VM's disk.
 pub(super) struct Disk {
@@ -31,8 +31,9 @@ pub(super) fn open_disks(
 ) -> Result<Vec<Disk>> {
     let locking = Locking::Lock;
     let registry = Registry::with_metadata_cache(HostOptions { cache, locking }, metadata);
-    let requests: Vec<DiskRequest> = vms.iter().map(request).collect();
+    let mut requests: Vec<DiskRequest> = vms.iter().map(request).collect();
     block_on(async {
+        requests.extend(bases_to_write(&requests).await?);
         let disks = registry.open_family(&requests).await?;
         let mut family = Views::default();
         let mut views = Vec::with_capacity(disks.len());

@@ -1,7 +1,5 @@
 //! `seethrough prepare`: which parts of a base are its children's.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,10 +18,11 @@ use crate::qcow2::Qcow2;
 use crate::qcow2::header::Header;
 use crate::storage::{FileStorage, Storage};
 use crate::sys::block_on;
-use crate::view::declaration::{BaseDeclaration, Declaration, Extent, Region};
+use crate::view::declaration::{BaseDeclaration, Declaration, Extent, Region, Sharing};
 use crate::view::declared::{Declared, read_declaration, store_declaration};
 use crate::view::prepare::Preparation;
-use crate::view::region_change::{enlarge, release};
+use crate::view::lease::fresh_id;
+use crate::view::region_change::{enlarge, evict, release};
 
 /// Reserve block groups or partitions of a base for its children, enlarge what is reserved, or give it back.
 ///
@@ -32,8 +31,13 @@ use crate::view::region_change::{enlarge, release};
 #[derive(Debug, clap::Args)]
 pub struct Prepare {
     /// What to reserve: NAME=groups:8-15, NAME with a --size, or NAME=partition:2; may be repeated
-    #[arg(long, value_name = "NAME[=WHAT]", required_unless_present_any = ["enlarge", "release", "adopt"])]
+    #[arg(long, value_name = "NAME[=WHAT]", required_unless_present_any = ["enlarge", "release", "evict", "adopt"])]
     pub(super) reserve: Vec<String>,
+
+    /// A region of --reserve that its children write in the base itself, one at a time, so that all others read it;
+    /// may be repeated
+    #[arg(long, value_name = "NAME", requires = "reserve")]
+    pub(super) shared: Vec<String>,
 
     /// Which region to enlarge, by NAME=groups:16-17 or NAME with a --size; may be repeated
     #[arg(long, value_name = "NAME[=WHAT]", conflicts_with = "adopt")]
@@ -42,6 +46,11 @@ pub struct Prepare {
     /// A region that goes back to the base, which must not have used its groups; may be repeated
     #[arg(long, value_name = "NAME", conflicts_with = "adopt")]
     pub(super) release: Vec<String>,
+
+    /// A shared region that is taken from a child which is lost, or was not closed cleanly; that child is refused from
+    /// then on, and what it has not brought to its place is lost: run e2fsck on the base; may be repeated
+    #[arg(long, value_name = "NAME", conflicts_with = "adopt")]
+    pub(super) evict: Vec<String>,
 
     /// BASE is a child, which takes over what its base has added to its regions
     #[arg(long, conflicts_with = "reserve")]
@@ -80,7 +89,11 @@ impl Prepare {
             return output::print(&report);
         }
         let plan = Plan::of(&self)?;
-        let declaration = block_on(self.prepare(&plan)).context(failed)?;
+        let (declaration, evicted) = block_on(self.prepare(&plan)).context(failed)?;
+        for (name, holder) in &evicted {
+            let holder = output::one_line(holder);
+            output::print(&format!("region {name}: taken from {holder}; run e2fsck on the base\n"))?;
+        }
         let reserved = plan.reserve.iter().map(|request| &request.name);
         let enlarged = plan.enlarge.iter().map(|(name, _)| name);
         for name in reserved.chain(enlarged) {
@@ -93,7 +106,7 @@ impl Prepare {
     }
 
     /// The base's lock is held from the first look to the last write.
-    async fn prepare(&self, plan: &Plan) -> Result<BaseDeclaration> {
+    async fn prepare(&self, plan: &Plan) -> Result<(BaseDeclaration, Evicted)> {
         let storage = open_file(&self.base, Access::ReadWrite, HostOptions::default())?;
         let format = match self.format {
             Some(format) => format,
@@ -109,7 +122,8 @@ impl Prepare {
         };
         let storage = Arc::new(storage);
         let image = open_image(&self.base, header.as_ref(), &storage).await?;
-        let declared = change_declared(&*image, declared, plan).await?;
+        let mut evicted = Evicted::new();
+        let declared = change_declared(&*image, declared, plan, &mut evicted).await?;
         let declaration = match (plan.reserve.as_slice(), declared) {
             ([], Some(declared)) => declared,
             (requests, declared) => {
@@ -126,7 +140,7 @@ impl Prepare {
         drop(image);
         let document = Declaration::Base(declaration.clone());
         store_declaration(&self.base, format, &*storage, &document).await?;
-        Ok(declaration)
+        Ok((declaration, evicted))
     }
 
     /// Lets a child take over what its base has added; what was done.
@@ -151,19 +165,28 @@ impl Prepare {
     }
 }
 
-/// What the base declares after regions have been released and enlarged.
+/// Regions that were taken from their holders, and who those are.
+type Evicted = Vec<(String, String)>;
+
+/// What the base declares after regions have been taken from their holders, released and enlarged.
 async fn change_declared(
     disk: &dyn Image,
     declared: Option<BaseDeclaration>,
     plan: &Plan,
+    evicted: &mut Evicted,
 ) -> Result<Option<BaseDeclaration>> {
     let Some(mut declared) = declared else {
-        return if plan.release.is_empty() && plan.enlarge.is_empty() {
+        return if plan.release.is_empty() && plan.enlarge.is_empty() && plan.evict.is_empty() {
             Ok(None)
         } else {
             Err(invalid("it declares no region yet"))
         };
     };
+    for name in &plan.evict {
+        let (rest, holder) = evict(&declared, name)?;
+        declared = rest;
+        evicted.push((name.clone(), holder));
+    }
     for name in &plan.release {
         declared = release(disk, &declared, name).await?;
     }
@@ -201,24 +224,19 @@ async fn open_image(
     Ok(Arc::new(image))
 }
 
-/// 32 random hexadecimal digits.
-fn fresh_id() -> Result<String> {
-    let mut bytes = [0; 16];
-    File::open("/dev/urandom")
-        .and_then(|mut random| random.read_exact(&mut bytes))
-        .context(|| "/dev/urandom")?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
 fn describe(region: &Region) -> String {
     let name = &region.name;
-    match &region.extent {
+    let place = match &region.extent {
         Extent::Groups {
             list, directory, ..
-        } => format!("region {name}: block groups {list}, directory {directory}\n"),
+        } => format!("block groups {list}, directory {directory}"),
         Extent::Partition { number, length, .. } => {
-            format!("region {name}: partition {number}, {length} bytes\n")
+            format!("partition {number}, {length} bytes")
         }
+    };
+    match region.sharing {
+        Sharing::Private => format!("region {name}: {place}\n"),
+        Sharing::Shared => format!("region {name}: {place}, shared\n"),
     }
 }
 

@@ -4,6 +4,7 @@ use std::slice::Iter;
 
 use super::prepare::Prepare;
 use crate::error::{Error, ErrorKind, Result};
+use crate::view::declaration::Sharing;
 use crate::view::prepare::{Groups, Request, Reserve};
 
 /// Everything that is to change.
@@ -14,6 +15,8 @@ pub(super) struct Plan {
     pub(super) enlarge: Vec<(String, Groups)>,
     /// Regions to give back.
     pub(super) release: Vec<String>,
+    /// Shared regions to take from their holders.
+    pub(super) evict: Vec<String>,
 }
 
 impl Plan {
@@ -27,6 +30,15 @@ impl Plan {
         let mut reserve = Vec::new();
         for text in &arguments.reserve {
             reserve.push(reserve_request(text, &mut sizes, &mut directories)?);
+        }
+        for name in &arguments.shared {
+            let request = reserve.iter_mut().find(|request| request.name == *name);
+            let request = request.ok_or_else(|| {
+                invalid(format!(
+                    "--shared {name} belongs to no --reserve: name the region there"
+                ))
+            })?;
+            request.sharing = Sharing::Shared;
         }
         let mut enlarge = Vec::new();
         for text in &arguments.enlarge {
@@ -50,6 +62,7 @@ impl Plan {
             reserve,
             enlarge,
             release: arguments.release.clone(),
+            evict: arguments.evict.clone(),
         })
     }
 }
@@ -74,6 +87,7 @@ fn reserve_request(
     };
     Ok(Request {
         name: name.to_owned(),
+        sharing: Sharing::Private,
         reserve,
     })
 }

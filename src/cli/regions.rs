@@ -13,7 +13,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::Access;
 use crate::storage::CacheMode;
 use crate::sys::block_on;
-use crate::view::declaration::Extent;
+use crate::view::declaration::{self, Extent};
 use crate::view::declared::Declared;
 use crate::view::regions::RegionUse;
 
@@ -60,6 +60,11 @@ struct Row {
     directory: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     partition: Option<u32>,
+    /// Where the children's writes are stored: `private` in their overlays, `shared` in the base.
+    sharing: declaration::Sharing,
+    /// Of a shared region: who holds it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    holder: Option<String>,
     size: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     free: Option<u64>,
@@ -114,6 +119,8 @@ impl Row {
             groups: None,
             directory: None,
             partition: None,
+            sharing: used.region.sharing,
+            holder: used.holder,
             size: used.size,
             free: used.free.map(|free| free.bytes),
             free_inodes: used.free.map(|free| free.inodes),
@@ -139,12 +146,17 @@ impl Row {
             (Some(bytes), Some(inodes)) => format!("{} and {inodes} inodes free", human_size(bytes)),
             _ => "contents unknown".to_owned(),
         };
+        let sharing = match (self.sharing, &self.holder) {
+            (declaration::Sharing::Private, _) => String::new(),
+            (declaration::Sharing::Shared, None) => ", shared".to_owned(),
+            (declaration::Sharing::Shared, Some(holder)) => format!(", shared and held by {holder}"),
+        };
         let users = match self.users.as_slice() {
             [] => String::new(),
             users => format!("; of {}", users.join(", ")),
         };
         format!(
-            "{name}: {place}; {size}, {free}{users}",
+            "{name}: {place}{sharing}; {size}, {free}{users}",
             name = self.name,
             size = human_size(self.size)
         )

@@ -16,6 +16,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::Access;
 use crate::qcow2::Qcow2;
 use crate::sys::block_on;
+use crate::view::declaration::Declaration;
+use crate::view::declared::read_declaration;
 
 /// Take, apply, delete or list the internal snapshots of a qcow2 image.
 #[derive(Debug, clap::Args)]
@@ -74,7 +76,10 @@ impl Snapshot {
                     let image = self.open().await?;
                     image.create_snapshot(name, SystemTime::now()).await?;
                 }
-                (_, Some(wanted), _) => drop(self.open().await?.apply_snapshot(wanted).await?),
+                (_, Some(wanted), _) => {
+                    self.refuse_holder().await?;
+                    drop(self.open().await?.apply_snapshot(wanted).await?);
+                }
                 (.., Some(wanted)) => drop(self.open().await?.delete_snapshot(wanted).await?),
                 (None, None, None) => self.show().await?,
             }
@@ -88,6 +93,26 @@ impl Snapshot {
             ..HostOptions::default()
         };
         open_single(&self.file, Access::ReadWrite, options).await
+    }
+
+    /// Refuses a child that writes shared regions: the journal in its past would undo what has been written there
+    /// since.
+    async fn refuse_holder(&self) -> Result<()> {
+        let format = Some(Format::Qcow2);
+        let locking = self.sharing.locking();
+        let image = inspect(&self.file, format, Unnamed::Refuse, locking).await?;
+        let declaration = read_declaration(&self.file, image.header.as_ref())?;
+        match declaration {
+            Some(Declaration::Child(child)) if child.shared_regions().next().is_some() => Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "{}: it writes shared regions, where nothing goes back, and its journal must not: create the child \
+                     anew",
+                    self.file.display()
+                ),
+            )),
+            _ => Ok(()),
+        }
     }
 
     async fn show(&self) -> Result<()> {

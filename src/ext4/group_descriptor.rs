@@ -157,6 +157,27 @@ pub fn verify(checksums: &Checksums, group: BlockGroup, bytes: &[u8]) -> Result<
     }
 }
 
+/// Whether `bytes` can be the descriptor of `group`, whose structures are at `locations`: its checksum is right, and it
+/// counts no more than there is. What others read of a group must not depend on the good will of the VM that owns it.
+#[must_use]
+pub fn is_sound(
+    superblock: &Superblock,
+    group: BlockGroup,
+    locations: Locations,
+    bytes: &[u8],
+) -> bool {
+    let descriptor = GroupDescriptor::parse(bytes);
+    let blocks = superblock.group_blocks(group);
+    let inodes = superblock.inodes_per_group;
+    verify(&superblock.checksums, group, bytes).is_ok()
+        && descriptor.locations == locations
+        && u64::from(descriptor.free_blocks_count) <= blocks.end - blocks.start
+        && descriptor.free_inodes_count <= inodes
+        && descriptor.used_dirs_count <= inodes
+        && descriptor.itable_unused <= inodes
+        && descriptor.flags & !(INODE_UNINIT | BLOCK_UNINIT | INODE_ZEROED) == 0
+}
+
 /// Writes into `bytes` (all `s_desc_size` of them) what a VM reads as the descriptor of a group that is not its own:
 /// full, with nothing left to initialise.
 ///

@@ -86,6 +86,23 @@ pub struct FreeCounts {
     pub inodes: u32,
 }
 
+impl FreeCounts {
+    /// These counts after a part of what they count has changed from `before` to `after`.
+    #[must_use]
+    pub fn moved(self, before: Self, after: Self) -> Self {
+        Self {
+            blocks: self
+                .blocks
+                .saturating_sub(before.blocks)
+                .saturating_add(after.blocks),
+            inodes: self
+                .inodes
+                .saturating_sub(before.inodes)
+                .saturating_add(after.inodes),
+        }
+    }
+}
+
 /// Sums, for groups whose counts are added up; what cannot be stays at the largest number.
 impl std::iter::Sum for FreeCounts {
     fn sum<I: Iterator<Item = Self>>(counts: I) -> Self {
@@ -143,28 +160,23 @@ pub fn is_honest_write(served: &[u8; SUPERBLOCK_SIZE], written: &[u8; SUPERBLOCK
 
 /// Takes the free counts of groups that a VM does not own out of a superblock that counts all groups.
 pub fn hide_free(superblock: &mut [u8; SUPERBLOCK_SIZE], foreign: FreeCounts) {
-    let blocks = split32(superblock, FREE_BLOCKS_LO, FREE_BLOCKS_HI);
-    let inodes = le32(superblock, FREE_INODES);
-    put_free(
-        superblock,
-        FreeCounts {
-            blocks: blocks.saturating_sub(foreign.blocks),
-            inodes: inodes.saturating_sub(foreign.inodes),
-        },
-    );
+    let free = free_counts(superblock);
+    put_free(superblock, free.moved(foreign, FreeCounts::default()));
 }
 
 /// Adds the free counts of groups that a VM does not own to a superblock that it wrote: the reverse of [`hide_free`].
 pub fn reveal_free(superblock: &mut [u8; SUPERBLOCK_SIZE], foreign: FreeCounts) {
-    let blocks = split32(superblock, FREE_BLOCKS_LO, FREE_BLOCKS_HI);
-    let inodes = le32(superblock, FREE_INODES);
-    put_free(
-        superblock,
-        FreeCounts {
-            blocks: blocks.saturating_add(foreign.blocks),
-            inodes: inodes.saturating_add(foreign.inodes),
-        },
-    );
+    let free = free_counts(superblock);
+    put_free(superblock, free.moved(FreeCounts::default(), foreign));
+}
+
+/// The free counts of a superblock.
+#[must_use]
+pub fn free_counts(superblock: &[u8; SUPERBLOCK_SIZE]) -> FreeCounts {
+    FreeCounts {
+        blocks: split32(superblock, FREE_BLOCKS_LO, FREE_BLOCKS_HI),
+        inodes: le32(superblock, FREE_INODES),
+    }
 }
 
 /// Sets the free counts of a superblock and its checksum.

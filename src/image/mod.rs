@@ -115,6 +115,20 @@ pub struct Limits {
     pub discard_granularity: u32,
 }
 
+impl Limits {
+    /// The sizes of a disk of which a part lies here, and another part elsewhere.
+    #[must_use]
+    pub fn with(self, other: Self) -> Self {
+        let larger = |of: fn(&Self) -> u32| of(&self).max(of(&other));
+        Self {
+            logical_block_size: larger(|limits| limits.logical_block_size),
+            physical_block_size: larger(|limits| limits.physical_block_size),
+            optimal_io_size: larger(|limits| limits.optimal_io_size),
+            discard_granularity: larger(|limits| limits.discard_granularity),
+        }
+    }
+}
+
 /// A virtual disk. Operations on ranges that overlap and are under way at the same time have no order.
 ///
 /// Ranges that leave the disk fail with [`crate::error::ErrorKind::OutOfBounds`]; writes to a read-only

@@ -21,6 +21,12 @@ impl ReadOnlyImage {
         Self { image }
     }
 
+    /// The image that others may write to.
+    #[must_use]
+    pub fn writable(&self) -> &Arc<dyn Image> {
+        &self.image
+    }
+
     fn refuse(&self) -> ImageFuture<'_> {
         let error = Error::new(
             ErrorKind::ReadOnly,

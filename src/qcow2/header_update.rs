@@ -29,8 +29,8 @@ use crate::units::HostOffset;
 /// write the old header back. (An open image has [`Qcow2::set_extension`](super::Qcow2::set_extension).)
 ///
 /// # Errors
-/// [`ErrorKind::InvalidConfig`](crate::error::ErrorKind::InvalidConfig) if the extension does not fit the first cluster, and nothing is changed; those of
-/// [`Header::read`] and of the storage.
+/// [`ErrorKind::InvalidConfig`](crate::error::ErrorKind::InvalidConfig) if the extension does not fit the first
+/// cluster, and nothing is changed; those of [`Header::read`] and of the storage.
 pub async fn set_extension(
     storage: &dyn Storage,
     extension_type: ExtensionType,
@@ -202,10 +202,15 @@ pub(super) async fn put(storage: &dyn Storage, at: usize, bytes: &[u8]) -> Resul
 pub(super) mod tests {
     use super::*;
     use crate::error::{Error, ErrorKind};
+    use crate::image::{Access, Image};
+    use crate::qcow2::Qcow2;
+    use crate::qcow2::create::{BackingReference, CreateOptions, create};
     use crate::qcow2::header::Version;
     use crate::qcow2::header_extension::SEETHROUGH_EXTENSION;
     use crate::storage::{CrashStorage, Delays, IoFuture, Lost, MemoryStorage, ZeroMode};
     use crate::sys::block_on;
+    use crate::units::GuestOffset;
+    use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
 
     /// Fails every write after the first few, in whose place it leaves nothing.
@@ -381,6 +386,42 @@ pub(super) mod tests {
                 old = Some(new);
             }
         }
+    }
+
+    #[test]
+    fn an_open_image_goes_on_with_the_header_that_its_extension_was_put_into() {
+        let storage = Arc::new(MemoryStorage::new(Vec::new()));
+        let options = CreateOptions {
+            backing: Some(BackingReference {
+                file: "base".into(),
+                format: "raw".to_owned(),
+            }),
+            ..CreateOptions::new(1 << 20)
+        };
+        block_on(create(storage.as_ref(), &options)).unwrap();
+        let open = |access| {
+            let storage: Arc<dyn Storage> = Arc::clone(&storage) as _;
+            block_on(Qcow2::open(storage, None, access)).unwrap()
+        };
+        let image = open(Access::ReadWrite);
+        for round in 0..9u8 {
+            let data = vec![round; 1000];
+            block_on(image.set_extension(SEETHROUGH_EXTENSION, &data)).unwrap();
+            let buf = IoBuf::from_bytes(&[round; 512]);
+            block_on(image.write(GuestOffset(u64::from(round) << 16), buf)).unwrap();
+            assert_eq!(declared(storage.as_ref()), Some(data));
+        }
+        block_on(image.close()).unwrap();
+        let image = open(Access::ReadOnly);
+        let error = block_on(image.set_extension(SEETHROUGH_EXTENSION, b"x")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ReadOnly);
+        for round in 0..9u8 {
+            let buf = IoBuf::zeroed(512);
+            block_on(image.read(GuestOffset(u64::from(round) << 16), buf.clone())).unwrap();
+            assert_eq!(buf.to_vec(), [round; 512]);
+        }
+        let header = block_on(Header::read(storage.as_ref())).unwrap();
+        assert_eq!(header.backing_file.as_deref(), Some("base".as_ref()));
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub use file::{Access, CacheMode, FileStorage};
 pub use future::IoFuture;
 pub use lock::LockRole;
 pub use memory::MemoryStorage;
-pub(crate) use range_lock::RangeLock;
+pub(crate) use range_lock::{RangeGuard, RangeLock};
 pub use seeded::Delays;
 pub(crate) use swappable::{Swappable, Using};
 

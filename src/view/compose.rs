@@ -11,6 +11,7 @@ use super::territory::{Filesystem, Side};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ext4::inode::Inode;
 use crate::ext4::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE};
+use crate::ext4::volatile::FreeCounts;
 use crate::ext4::{bitmap, group_descriptor, inode, volatile, xattr_block};
 use crate::image::Image;
 use crate::sys::IoBuf;
@@ -23,6 +24,8 @@ const INODE_CHUNK: u64 = 64 << 10;
 pub(super) struct SharedBlock {
     /// The bytes in the VM's own store, which for a block never written are the base's.
     pub(super) stored: Vec<u8>,
+    /// The bytes in the base, if the VM writes records of its own there.
+    pub(super) in_place: Option<Vec<u8>>,
     /// The bytes that the VM reads.
     pub(super) served: Vec<u8>,
 }
@@ -62,6 +65,11 @@ impl View {
             }
             Composed::Superblock | Composed::Descriptors(_) => {
                 let block = filesystem.block_at(piece.at);
+                // What is stored and what is hidden of it move together.
+                let _settled = match what {
+                    Composed::Superblock => Some(self.ledger.lock(block).await),
+                    _ => None,
+                };
                 let shared = self.shared_block(filesystem, what, block).await?;
                 buf.copy_from(0, &shared.served[filesystem.within_block(piece)]);
                 Ok(())
@@ -100,29 +108,51 @@ impl View {
         let len = filesystem.block_size();
         let stored = read_bytes(&*self.own, at, len).await?;
         let mut served = stored.clone();
+        let mut in_place = None;
         match what {
-            Composed::Descriptors(index) => compose_descriptors(filesystem, index, &mut served),
+            Composed::Descriptors(index) => {
+                if filesystem.describes_in_place(index) {
+                    in_place = Some(read_bytes(&*self.in_place()?.disk, at, len).await?);
+                }
+                compose_descriptors(filesystem, index, in_place.as_deref(), &mut served);
+            }
             _ => {
                 let truth = match filesystem.side() {
                     Side::Base => None,
                     Side::Child => Some(read_bytes(&*self.truth, at, len).await?),
                 };
-                compose_superblock(filesystem, truth, &mut served)?;
+                let foreign_free = self.ledger.foreign_free();
+                compose_superblock(filesystem, truth, foreign_free, &mut served)?;
             }
         }
-        Ok(SharedBlock { stored, served })
+        Ok(SharedBlock {
+            stored,
+            in_place,
+            served,
+        })
     }
 }
 
-/// Replaces the foreign descriptors in block `index` of the table.
-fn compose_descriptors(filesystem: &Filesystem, index: u32, block: &mut [u8]) {
+/// Replaces the foreign descriptors in block `index` of the table, and those that the VM writes in the base, whose
+/// block is `in_place`.
+fn compose_descriptors(
+    filesystem: &Filesystem,
+    index: u32,
+    in_place: Option<&[u8]>,
+    block: &mut [u8],
+) {
     let superblock = filesystem.superblock();
     let size = usize::from(superblock.descriptor_size);
-    for (group, descriptor) in filesystem
+    for ((group, descriptor), at) in filesystem
         .groups_of_descriptor_block(index)
         .zip(block.chunks_exact_mut(size))
+        .zip((0..).step_by(size))
     {
-        if !filesystem.owns(group)
+        if filesystem.is_in_place(group) {
+            if let Some(base) = in_place.and_then(|base| base.get(at..at + size)) {
+                descriptor.copy_from_slice(base);
+            }
+        } else if !filesystem.owns(group)
             && let Some(locations) = filesystem.locations(group)
         {
             group_descriptor::full(superblock, group, locations, descriptor);
@@ -136,13 +166,14 @@ fn compose_descriptors(filesystem: &Filesystem, index: u32, block: &mut [u8]) {
 fn compose_superblock(
     filesystem: &Filesystem,
     truth: Option<Vec<u8>>,
+    foreign_free: FreeCounts,
     block: &mut Vec<u8>,
 ) -> Result<()> {
     let own = superblock_in(block)?;
     let composed = match truth {
         None => {
             let mut served = own;
-            volatile::hide_free(&mut served, filesystem.foreign_free());
+            volatile::hide_free(&mut served, foreign_free);
             served
         }
         Some(truth) => {

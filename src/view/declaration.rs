@@ -7,21 +7,20 @@
 //!
 //! # Invariants
 //!
-//! 1. A [`GroupList`] is sorted, and no two of its ranges overlap or touch.
-//! 2. A parsed declaration has no two regions of one name, and every region's name is short and plain.
-//! 3. A child repeats the declaration of its regions in full. Groups that the base has added since are not the
+//! 1. A parsed declaration has no two regions of one name, and every region's name is short and plain.
+//! 2. A child repeats the declaration of its regions in full. Groups that the base has added since are not the
 //!    child's yet; if the base's declaration has changed in any other way, the child is not served.
-
-use std::fmt;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub use super::group_list::GroupList;
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::BlockGroup;
 
-/// The one version of the document there is.
+/// The version of a document in which all regions are private.
 const VERSION: u32 = 1;
+
+/// The version of one that says more: a program that knows the first alone must not serve it.
+const VERSION_WITH_SHARED: u32 = 2;
 
 /// The longest document that is read, in bytes.
 pub const MAX_DECLARATION_BYTES: usize = 64 << 10;
@@ -50,6 +49,9 @@ pub struct BaseDeclaration {
     pub filesystem: Option<FilesystemPlace>,
     /// The reserved regions.
     pub regions: Vec<Region>,
+    /// Who holds the shared ones: at most one lease for each.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub leases: Vec<Lease>,
 }
 
 /// Which regions a child owns, of which base.
@@ -60,6 +62,9 @@ pub struct ChildDeclaration {
     pub base: String,
     /// The regions as the base declared them when the child was created.
     pub regions: Vec<Region>,
+    /// What the leases of the child's shared regions may say of their holder: see [`super::lease`].
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub nonces: Vec<String>,
 }
 
 /// Where an ext4 filesystem lies on the disk.
@@ -80,8 +85,41 @@ pub struct FilesystemPlace {
 pub struct Region {
     /// What `create --region` calls it.
     pub name: String,
+    /// Where the children's writes are stored.
+    #[serde(skip_serializing_if = "Sharing::is_private", default)]
+    pub sharing: Sharing,
     /// Which part it is.
     pub extent: Extent,
+}
+
+/// Where what children write to a region is stored, and so who reads it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sharing {
+    /// In each child's overlay: any number of children own the region, and none sees another's.
+    #[default]
+    Private,
+    /// In the base image itself: one child writes at a time, and all others read it.
+    Shared,
+}
+
+impl Sharing {
+    fn is_private(&self) -> bool {
+        *self == Self::Private
+    }
+}
+
+/// Who holds a shared region. It stands from before the holder's first write until its filesystem is known to have
+/// been unmounted cleanly.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lease {
+    /// The region's name.
+    pub region: String,
+    /// Drawn anew for every lease, and known to the holder's overlay: 32 hexadecimal digits.
+    pub nonce: String,
+    /// What the holder's overlay was called, for people to read.
+    pub holder: String,
 }
 
 /// Which part of the disk a region is.
@@ -108,14 +146,6 @@ pub enum Extent {
         /// Its length in bytes.
         length: u64,
     },
-}
-
-/// Block groups as people write them: `8-15` or `3,8-15`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct GroupList {
-    /// First and last group of every range (invariant 1).
-    ranges: Vec<(BlockGroup, BlockGroup)>,
 }
 
 /// The document around a declaration.
@@ -154,11 +184,12 @@ impl Declaration {
         };
         let Version { version } =
             serde_json::from_slice(bytes).map_err(|e| unreadable(Box::new(e)))?;
-        if version != VERSION {
+        if !(VERSION..=VERSION_WITH_SHARED).contains(&version) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(
-                    "the region declaration has version {version}, only version {VERSION} is known"
+                    "the region declaration has version {version}, only versions {VERSION} and \
+                     {VERSION_WITH_SHARED} are known"
                 ),
             ));
         }
@@ -175,7 +206,7 @@ impl Declaration {
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         self.validate()?;
         let document = Document {
-            version: VERSION,
+            version: self.version(),
             seethrough: self.clone(),
         };
         let bytes = serde_json::to_vec(&document).map_err(|e| {
@@ -197,11 +228,27 @@ impl Declaration {
         Ok(bytes)
     }
 
+    fn regions(&self) -> &[Region] {
+        match self {
+            Self::Base(base) => &base.regions,
+            Self::Child(child) => &child.regions,
+        }
+    }
+
+    fn version(&self) -> u32 {
+        if self.regions().iter().all(|r| r.sharing.is_private()) {
+            VERSION
+        } else {
+            VERSION_WITH_SHARED
+        }
+    }
+
     fn validate(&self) -> Result<()> {
-        let (id, regions) = match self {
-            Self::Base(base) => (&base.id, &base.regions),
-            Self::Child(child) => (&child.base, &child.regions),
+        let id = match self {
+            Self::Base(base) => &base.id,
+            Self::Child(child) => &child.base,
         };
+        let regions = self.regions();
         if id.len() != 32 || !id.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err(corrupt(
                 "the region declaration names no base by 32 hexadecimal digits",
@@ -232,6 +279,12 @@ impl Declaration {
 }
 
 impl BaseDeclaration {
+    /// Who holds the shared region called `name`.
+    #[must_use]
+    pub fn lease(&self, name: &str) -> Option<&Lease> {
+        self.leases.iter().find(|lease| lease.region == name)
+    }
+
     /// The region called `name`.
     ///
     /// # Errors
@@ -251,7 +304,7 @@ impl BaseDeclaration {
 }
 
 impl ChildDeclaration {
-    /// Whether the child's regions are still its base's to give (invariant 3).
+    /// Whether the child's regions are still its base's to give (invariant 2).
     ///
     /// # Errors
     /// [`ErrorKind::InvalidConfig`] if this is no child of `base`, or a region is declared otherwise now.
@@ -266,8 +319,10 @@ impl ChildDeclaration {
                 ),
             ));
         }
+        check_owned_together(&self.regions)?;
         for region in &self.regions {
-            if !base.region(&region.name)?.extent.holds(&region.extent) {
+            let declared = base.region(&region.name)?;
+            if declared.sharing != region.sharing || !declared.extent.holds(&region.extent) {
                 return Err(Error::new(
                     ErrorKind::InvalidConfig,
                     format!(
@@ -279,6 +334,12 @@ impl ChildDeclaration {
             }
         }
         Ok(())
+    }
+
+    /// The regions that the child writes in the base.
+    pub fn shared_regions(&self) -> impl Iterator<Item = &Region> {
+        let is_shared = |region: &&Region| region.sharing == Sharing::Shared;
+        self.regions.iter().filter(is_shared)
     }
 }
 
@@ -308,6 +369,31 @@ impl Extent {
     }
 }
 
+/// Refuses regions that one child cannot own together. A kernel lays a file across whatever groups it may write: its
+/// name could be in a shared one and its inode in a private one, where nobody else finds it.
+///
+/// # Errors
+/// [`ErrorKind::InvalidConfig`], naming a private and a shared region of block groups.
+pub fn check_owned_together(regions: &[Region]) -> Result<()> {
+    let of_groups = |sharing: Sharing| {
+        let is_one =
+            |r: &&Region| r.sharing == sharing && matches!(r.extent, Extent::Groups { .. });
+        regions.iter().find(is_one)
+    };
+    let (Some(private), Some(shared)) = (of_groups(Sharing::Private), of_groups(Sharing::Shared))
+    else {
+        return Ok(());
+    };
+    Err(Error::new(
+        ErrorKind::InvalidConfig,
+        format!(
+            "region \"{}\" is private and region \"{}\" is shared, and the child's kernel would lay files across both, \
+             of which others would find one half: create a child for each",
+            private.name, shared.name
+        ),
+    ))
+}
+
 /// Holds a region's name to what fits on a command line and in a log.
 ///
 /// # Errors
@@ -330,153 +416,6 @@ fn corrupt(context: impl Into<Box<str>>) -> Error {
     Error::new(ErrorKind::Corrupt, context)
 }
 
-impl GroupList {
-    /// First and last group of every range, in order.
-    #[must_use]
-    pub fn ranges(&self) -> &[(BlockGroup, BlockGroup)] {
-        &self.ranges
-    }
-
-    /// The highest group.
-    #[must_use]
-    pub fn last(&self) -> Option<BlockGroup> {
-        self.ranges.last().map(|&(_, last)| last)
-    }
-
-    /// How many groups there are.
-    #[must_use]
-    pub fn count(&self) -> u64 {
-        self.ranges
-            .iter()
-            .map(|(first, last)| u64::from(last.0 - first.0) + 1)
-            .sum()
-    }
-
-    /// Every group, in order. Check [`GroupList::last`] against the filesystem first: a list from an image may
-    /// name four thousand million.
-    pub fn iter(&self) -> impl Iterator<Item = BlockGroup> {
-        self.ranges
-            .iter()
-            .flat_map(|(first, last)| (first.0..=last.0).map(BlockGroup))
-    }
-
-    /// Whether `group` is in the list.
-    #[must_use]
-    pub fn contains(&self, group: BlockGroup) -> bool {
-        self.ranges
-            .iter()
-            .any(|&(first, last)| first <= group && group <= last)
-    }
-
-    /// Whether every group of `other` is in the list, which takes no longer for a long range than for a short one.
-    #[must_use]
-    pub fn includes(&self, other: &Self) -> bool {
-        other.ranges.iter().all(|&(first, last)| {
-            self.ranges
-                .iter()
-                .any(|&(start, end)| start <= first && last <= end)
-        })
-    }
-
-    /// The lowest group that is in both lists.
-    #[must_use]
-    pub fn first_in_common(&self, other: &Self) -> Option<BlockGroup> {
-        self.ranges
-            .iter()
-            .flat_map(|a| {
-                other
-                    .ranges
-                    .iter()
-                    .map(move |b| (a.0.max(b.0), a.1.min(b.1)))
-            })
-            .filter(|(first, last)| first <= last)
-            .map(|(first, _)| first)
-            .min()
-    }
-}
-
-impl FromIterator<BlockGroup> for GroupList {
-    fn from_iter<I: IntoIterator<Item = BlockGroup>>(groups: I) -> Self {
-        let mut groups: Vec<BlockGroup> = groups.into_iter().collect();
-        groups.sort_unstable();
-        groups.dedup();
-        let mut ranges: Vec<(BlockGroup, BlockGroup)> = Vec::new();
-        for group in groups {
-            match ranges.last_mut() {
-                Some((_, last)) if last.checked_add(1) == Some(group) => *last = group,
-                _ => ranges.push((group, group)),
-            }
-        }
-        Self { ranges }
-    }
-}
-
-impl FromStr for GroupList {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let wrong = || {
-            Error::new(
-                ErrorKind::InvalidConfig,
-                format!(
-                    "\"{}\" is no list of block groups; write one like 8-15 or 3,8-15",
-                    text.escape_debug()
-                ),
-            )
-        };
-        let number = |digits: &str| digits.parse().map(BlockGroup).map_err(|_| wrong());
-        let mut ranges = Vec::new();
-        for part in text.split(',') {
-            let (first, last) = match part.split_once('-') {
-                Some((first, last)) => (number(first)?, number(last)?),
-                None => (number(part)?, number(part)?),
-            };
-            if first > last {
-                return Err(wrong());
-            }
-            ranges.push((first, last));
-        }
-        ranges.sort_unstable();
-        let mut merged: Vec<(BlockGroup, BlockGroup)> = Vec::new();
-        for (first, last) in ranges {
-            match merged.last_mut() {
-                Some((_, end)) if first <= *end => return Err(wrong()),
-                Some((_, end)) if end.checked_add(1) == Some(first) => *end = last,
-                _ => merged.push((first, last)),
-            }
-        }
-        Ok(Self { ranges: merged })
-    }
-}
-
-impl TryFrom<String> for GroupList {
-    type Error = Error;
-
-    fn try_from(text: String) -> Result<Self> {
-        text.parse()
-    }
-}
-
-impl From<GroupList> for String {
-    fn from(list: GroupList) -> Self {
-        list.to_string()
-    }
-}
-
-impl fmt::Display for GroupList {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, (first, last)) in self.ranges.iter().enumerate() {
-            let comma = if index == 0 { "" } else { "," };
-            if first == last {
-                write!(f, "{comma}{first}")?;
-            } else {
-                write!(f, "{comma}{first}-{last}")?;
-            }
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -492,6 +431,7 @@ mod tests {
             regions: vec![
                 Region {
                     name: "local".into(),
+                    sharing: Sharing::Private,
                     extent: Extent::Groups {
                         list: "8-15".parse().unwrap(),
                         directory: "/local".into(),
@@ -501,6 +441,7 @@ mod tests {
                 },
                 Region {
                     name: "scratch".into(),
+                    sharing: Sharing::Private,
                     extent: Extent::Partition {
                         number: 2,
                         start: 2 << 30,
@@ -508,6 +449,7 @@ mod tests {
                     },
                 },
             ],
+            leases: Vec::new(),
         })
     }
 
@@ -518,8 +460,34 @@ mod tests {
     }
 
     #[test]
+    fn what_is_shared_is_kept_from_programs_that_know_private_regions_alone() {
+        let Declaration::Base(mut declaration) = base() else {
+            unreachable!()
+        };
+        let version = |declaration: &BaseDeclaration| {
+            let bytes = Declaration::Base(declaration.clone()).to_bytes().unwrap();
+            let text = String::from_utf8(bytes).unwrap();
+            (
+                text.starts_with(r#"{"version":1"#),
+                text.contains("sharing"),
+            )
+        };
+        assert_eq!(version(&declaration), (true, false));
+        declaration.regions[0].sharing = Sharing::Shared;
+        declaration.leases.push(Lease {
+            region: "local".into(),
+            nonce: "0".repeat(32),
+            holder: "tom.qcow2".into(),
+        });
+        assert_eq!(version(&declaration), (false, true));
+        let shared = Declaration::Base(declaration);
+        let bytes = shared.to_bytes().unwrap();
+        assert_eq!(Declaration::parse(&bytes).unwrap(), shared);
+    }
+
+    #[test]
     fn another_version_is_told_from_garbage() {
-        let error = Declaration::parse(br#"{"version":2,"future":{}}"#).unwrap_err();
+        let error = Declaration::parse(br#"{"version":3,"future":{}}"#).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         for garbage in [&b""[..], b"{", b"[1]", br#"{"version":1}"#] {
             let error = Declaration::parse(garbage).unwrap_err();
@@ -539,34 +507,5 @@ mod tests {
         };
         declaration.regions[1].name = "local".into();
         assert!(Declaration::Base(declaration).to_bytes().is_err());
-    }
-
-    #[test]
-    fn group_lists_are_normalised_and_printed_as_people_write_them() {
-        let list: GroupList = "20,8-11,12-15".parse().unwrap();
-        assert_eq!(list.to_string(), "8-15,20");
-        assert_eq!(list.count(), 9);
-        assert!(list.contains(BlockGroup(12)) && !list.contains(BlockGroup(16)));
-        assert_eq!(
-            [1, 2, 5]
-                .map(BlockGroup)
-                .into_iter()
-                .collect::<GroupList>()
-                .to_string(),
-            "1-2,5"
-        );
-        for wrong in ["", "a", "5-3", "1-", "-1", "1,,2", "1-3,2", "4294967296"] {
-            assert!(wrong.parse::<GroupList>().is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn the_first_group_in_common_is_found_whatever_the_order_of_ranges() {
-        let list = |text: &str| text.parse::<GroupList>().unwrap();
-        assert_eq!(list("1-3,9").first_in_common(&list("4-8")), None);
-        assert_eq!(
-            list("1-3,9").first_in_common(&list("0,3-9")),
-            Some(BlockGroup(3))
-        );
     }
 }

@@ -14,19 +14,24 @@ use super::declaration::{
     BaseDeclaration, ChildDeclaration, Declaration, GroupList, MAX_DECLARATION_BYTES,
 };
 use super::disk::View;
+use super::lease::{Claimant, Keeper, check_settled};
 use super::merged::Merged;
-use super::open::{SharedBase, child_territory, open_base, open_child};
+use super::open::{SharedBase, child_territory, open_base_through, open_holder};
 use super::probe::Probe;
 use super::region_change;
-use super::regions::{RegionUse, usage};
+use super::regions::{Place, RegionUse, usage};
+use crate::chain::backing::Backing;
 use crate::chain::format::Format;
-use crate::chain::registry::{OpenImage, Source};
+use crate::chain::host::{HostOptions, Locking, open_file};
+use crate::chain::inspect::read_header;
+use crate::chain::registry::{DiskRequest, OpenImage, Source};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::image::Image;
+use crate::image::{Access, Image, ImageFuture, ReadOnlyImage};
+use crate::jobs::convert::as_qcow2;
 use crate::qcow2::header::Header;
 use crate::qcow2::header_extension::SEETHROUGH_EXTENSION;
 use crate::qcow2::header_update::set_extension;
-use crate::storage::Storage;
+use crate::storage::{CacheMode, Storage};
 use crate::sys::FileId;
 
 /// The views of all VMs in this process: those of one base share it.
@@ -73,14 +78,20 @@ impl Views {
             None => Ok(Served::Alone(Arc::clone(&disk.image))),
             Some(Declaration::Base(declaration)) => {
                 let image = Arc::clone(&disk.image);
-                let base = self.shared(disk.source.id, image, declaration).await?;
-                Ok(Served::Shared(Arc::new(open_base(vm, &base).await?)))
+                let stored = as_stored(&disk.image);
+                let base = self.shared(&disk.source, stored, declaration).await?;
+                let view = open_base_through(vm, &base, image).await?;
+                Ok(Served::Shared(Arc::new(view)))
             }
             Some(Declaration::Child(child)) => {
                 let (source, image, declaration) = base_of(disk)?;
-                let base = self.shared(source.id, image, declaration).await?;
+                let base = self.shared(source, image, declaration).await?;
                 let overlay = Arc::clone(&disk.image);
-                let view = open_child(vm, overlay, &child, &base).await?;
+                let claimant = Claimant {
+                    name: file_name(&disk.source.path),
+                    keeper: Arc::new(InImage::new(&disk.source, Arc::clone(&overlay))),
+                };
+                let view = open_holder(vm, overlay, &child, &base, &claimant).await?;
                 Ok(Served::Shared(Arc::new(view)))
             }
         }
@@ -88,18 +99,100 @@ impl Views {
 
     async fn shared(
         &mut self,
-        id: FileId,
+        source: &Source,
         image: Arc<dyn Image>,
         declaration: BaseDeclaration,
     ) -> Result<Arc<SharedBase>> {
-        if let Some(base) = self.bases.get(&id) {
+        if let Some(base) = self.bases.get(&source.id) {
             return Ok(Arc::clone(base));
         }
-        let base = Arc::new(SharedBase::open(image, declaration).await?);
-        self.bases.insert(id, Arc::clone(&base));
+        let keeper: Arc<dyn Keeper> = Arc::new(InImage::new(source, Arc::clone(&image)));
+        let base = SharedBase::open_kept(image, declaration, Some(keeper)).await?;
+        let base = Arc::new(base);
+        self.bases.insert(source.id, Arc::clone(&base));
         Ok(base)
     }
 }
+
+/// The image behind one that was opened read-only for one VM: others may write it.
+fn as_stored(image: &Arc<dyn Image>) -> Arc<dyn Image> {
+    let any: &dyn std::any::Any = &**image;
+    match any.downcast_ref::<ReadOnlyImage>() {
+        Some(read_only) => Arc::clone(read_only.writable()),
+        None => Arc::clone(image),
+    }
+}
+
+fn file_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or(path.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
+/// Keeps the declaration of an image that is open.
+struct InImage {
+    path: PathBuf,
+    image: Arc<dyn Image>,
+}
+
+impl InImage {
+    fn new(source: &Source, image: Arc<dyn Image>) -> Self {
+        Self {
+            path: source.path.clone(),
+            image,
+        }
+    }
+}
+
+impl Keeper for InImage {
+    fn keep<'a>(&'a self, declaration: &'a Declaration) -> ImageFuture<'a> {
+        Box::pin(async move {
+            let bytes = declaration.to_bytes()?;
+            match as_qcow2(&*self.image) {
+                Some(qcow2) => qcow2.set_extension(SEETHROUGH_EXTENSION, &bytes).await,
+                None => replace_sidecar(&self.path, &bytes),
+            }
+        })
+    }
+}
+
+/// The bases that have to be open for writing because one of `requests` is a child that writes a shared region there.
+///
+/// # Errors
+/// What reading the images' headers and declarations returns.
+pub async fn bases_to_write(requests: &[DiskRequest]) -> Result<Vec<DiskRequest>> {
+    let mut bases = Vec::new();
+    for request in requests {
+        let is_raw = request.format == Some(Format::Raw);
+        if request.access == Access::ReadOnly || is_raw {
+            continue;
+        }
+        let storage = open_file(&request.path, Access::ReadOnly, UNLOCKED)?;
+        // What is no qcow2 image is found out, and told, when it is opened.
+        let Ok(Some(header)) = read_header(&storage, Format::Qcow2).await else {
+            continue;
+        };
+        let Some(Declaration::Child(child)) = read_declaration(&request.path, Some(&header))?
+        else {
+            continue;
+        };
+        if child.shared_regions().next().is_some()
+            && let Some(backing) = Backing::of(&request.path, &header)?
+        {
+            bases.push(DiskRequest {
+                path: backing.path,
+                format: Some(backing.format),
+                access: Access::ReadWrite,
+            });
+        }
+    }
+    Ok(bases)
+}
+
+/// How a file is opened to look what it is: whatever it says is read anew once it is locked.
+const UNLOCKED: HostOptions = HostOptions {
+    cache: CacheMode::Writeback,
+    locking: Locking::ForceShare,
+};
 
 /// An open image that declares regions, and its base: the image itself, or what lies behind a child.
 pub struct Declared {
@@ -158,7 +251,12 @@ impl Declared {
             Some(child) => &child.regions,
             None => &self.declaration.regions,
         };
-        usage(&*self.own, probe.as_ref(), regions).await
+        let place = Place {
+            own: &*self.own,
+            base: &*self.base,
+            declaration: &self.declaration,
+        };
+        usage(&place, probe.as_ref(), regions).await
     }
 
     /// Takes over what the base has added to a child's regions; the overlay must be open for writing. Returns what the
@@ -184,6 +282,7 @@ impl Declared {
 pub async fn merged_of(disk: &OpenImage) -> Result<Merged> {
     let child = child_declaration(disk)?;
     let (_, base, declaration) = base_of(disk)?;
+    check_settled(&declaration, &child)?;
     let territory = child_territory(&*base, &declaration, &child).await?;
     Merged::open(Arc::clone(&disk.image), base, territory).await
 }
@@ -282,11 +381,13 @@ pub async fn store_declaration(
     let bytes = declaration.to_bytes()?;
     match format {
         Format::Qcow2 => set_extension(storage, SEETHROUGH_EXTENSION, &bytes).await,
-        Format::Raw => {
-            let sidecar = sidecar_of(path)?;
-            replace_file(&sidecar, &bytes).context(|| sidecar.display().to_string())
-        }
+        Format::Raw => replace_sidecar(path, &bytes),
     }
+}
+
+fn replace_sidecar(path: &Path, bytes: &[u8]) -> Result<()> {
+    let sidecar = sidecar_of(path)?;
+    replace_file(&sidecar, bytes).context(|| sidecar.display().to_string())
 }
 
 /// The file beside a raw image, whatever name the image is called by.

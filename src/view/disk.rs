@@ -1,19 +1,21 @@
 //! A VM's disk: the stored images, seen and written as one VM may.
 //!
 //! Reads and writes of what is plainly the VM's own go straight through to the VM's own store, whose unwritten ranges
-//! fall through to the base; reads of plain foreign blocks go straight to the base. Everything else is composed on
-//! the way out and scattered on the way in.
+//! fall through to the base; what is its own in a shared region goes straight through to the base; reads of plain
+//! foreign blocks go straight to the base. Everything else is composed on the way out and scattered on the way in.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::journal::Committed;
+use super::lease::Holding;
+use super::ledger::Ledger;
 use super::refusal::{Answer, Operation, Refusal, Refusals};
 use super::route::{Piece, Pieces, Route, Treatment};
 use super::territory::{Filesystem, Side, Territory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Allocation, Image, ImageFuture, Limits, Mapped};
-use crate::storage::{RangeLock, ZeroMode};
+use crate::storage::ZeroMode;
 use crate::sys::IoBuf;
 use crate::units::GuestOffset;
 
@@ -27,9 +29,12 @@ pub struct View {
     /// What children are shown of this disk, if it is the base's.
     committed: Option<Arc<Committed>>,
     pub(super) refusals: Arc<Refusals>,
-    /// Blocks of the filesystem whose records are being exchanged: two writes under way at once would lose one
-    /// another's, since a block is read, changed and written back.
-    pub(super) shared_blocks: RangeLock,
+    /// The shared blocks of `own`.
+    pub(super) ledger: Arc<Ledger>,
+    /// Where a child's shared regions are, if it owns any.
+    pub(super) in_place: Option<InPlace>,
+    /// What says that they are this child's to write.
+    holding: Option<Holding>,
     /// Whether the guest still has to replay its journal: see [`super::session`].
     pub(super) recovering: AtomicBool,
 }
@@ -42,6 +47,20 @@ pub struct Stores {
     pub truth: Arc<dyn Image>,
     /// What is to be told of the writes of the base's VM to its journal; `None` for a child.
     pub committed: Option<Arc<Committed>>,
+    /// What is known of the shared blocks of `own`.
+    pub(super) ledger: Arc<Ledger>,
+    /// Where a child's shared regions are, if it owns any.
+    pub(super) in_place: Option<InPlace>,
+    /// What says that they are this child's to write; `None` for a child that only reads.
+    pub(super) holding: Option<Holding>,
+}
+
+/// The base as a child with shared regions writes it.
+pub(super) struct InPlace {
+    /// The base as it is stored.
+    pub(super) disk: Arc<dyn Image>,
+    /// What is known of its shared blocks.
+    pub(super) ledger: Arc<Ledger>,
 }
 
 /// What a request brings.
@@ -93,7 +112,9 @@ impl View {
             committed: stores.committed,
             territory,
             refusals,
-            shared_blocks: RangeLock::default(),
+            ledger: stores.ledger,
+            in_place: stores.in_place,
+            holding: stores.holding,
             recovering: AtomicBool::new(false),
         };
         view.start_session().await?;
@@ -147,6 +168,7 @@ impl View {
     fn store_of(&self, at: GuestOffset, len: u64) -> Option<&Arc<dyn Image>> {
         match self.treatment_of(at, len, Route::Read)? {
             Treatment::Through | Treatment::Journal => Some(&self.own),
+            Treatment::InPlace => self.in_place.as_ref().map(|base| &base.disk),
             Treatment::Foreign(_) => Some(&self.truth),
             Treatment::Composed(_) => None,
         }
@@ -162,6 +184,7 @@ impl View {
             let part = buf.slice(piece.within(at));
             match piece.treatment {
                 Treatment::Through | Treatment::Journal => self.own.read(piece.at, part).await?,
+                Treatment::InPlace => self.in_place()?.disk.read(piece.at, part).await?,
                 Treatment::Composed(what) => {
                     self.compose(self.shared_filesystem()?, what, &piece, &part)
                         .await?;
@@ -191,10 +214,10 @@ impl View {
                 other => other.clone(),
             };
             match piece.treatment {
-                Treatment::Through => self.write_through(piece.at, piece.len, part).await?,
+                Treatment::Through => write_through(&self.own, &piece, part).await?,
+                Treatment::InPlace => write_through(&self.in_place()?.disk, &piece, part).await?,
                 Treatment::Journal => {
-                    self.write_through(piece.at, piece.len, part.clone())
-                        .await?;
+                    write_through(&self.own, &piece, part.clone()).await?;
                     self.note_journal_write(&piece, &part).await?;
                 }
                 Treatment::Composed(what) => {
@@ -253,12 +276,54 @@ impl View {
         }
     }
 
-    async fn write_through(&self, at: GuestOffset, len: u64, payload: Payload) -> Result<()> {
-        match payload {
-            Payload::Bytes(buf) => self.own.write(at, buf).await,
-            Payload::Zeroes(mode) => self.own.write_zeroes(at, len, mode).await,
-            Payload::Nothing => self.own.discard(at, len).await,
+    /// The base as this VM writes it, which is there wherever a piece lies in it.
+    pub(super) fn in_place(&self) -> Result<&InPlace> {
+        self.in_place.as_ref().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Corrupt,
+                "a disk without shared regions has nothing in its base",
+            )
+        })
+    }
+
+    /// Makes durable what was written to any store. A guest's journal in its overlay may speak at once of what it has
+    /// written to the base, so both are durable before the guest hears of it.
+    async fn flush_stores(&self) -> Result<()> {
+        if let Some(base) = &self.in_place
+            && !base.disk.is_read_only()
+        {
+            base.disk.flush().await?;
         }
+        self.own.flush().await
+    }
+
+    /// Ends writing. Shared regions are given back if the guest has unmounted its filesystem cleanly, in which case
+    /// nothing in its journal can undo what the next holder writes.
+    async fn close_stores(&self) -> Result<()> {
+        self.flush_stores().await?;
+        if let Some(holding) = &self.holding {
+            if self.is_clean().await? {
+                holding.give_back().await?;
+            } else {
+                log::info!(
+                    "vm {}: its filesystem is not unmounted cleanly: it keeps its shared regions until it is",
+                    self.refusals.vm()
+                );
+            }
+        }
+        self.own.close().await?;
+        match &self.in_place {
+            Some(base) if !base.disk.is_read_only() => base.disk.close().await,
+            _ => Ok(()),
+        }
+    }
+}
+
+async fn write_through(store: &Arc<dyn Image>, piece: &Piece, payload: Payload) -> Result<()> {
+    match payload {
+        Payload::Bytes(buf) => store.write(piece.at, buf).await,
+        Payload::Zeroes(mode) => store.write_zeroes(piece.at, piece.len, mode).await,
+        Payload::Nothing => store.discard(piece.at, piece.len).await,
     }
 }
 
@@ -272,7 +337,10 @@ impl Image for View {
     }
 
     fn limits(&self) -> Limits {
-        self.own.limits()
+        match &self.in_place {
+            Some(base) => self.own.limits().with(base.disk.limits()),
+            None => self.own.limits(),
+        }
     }
 
     fn map_read(&self, at: GuestOffset, len: u64) -> Mapped {
@@ -283,11 +351,13 @@ impl Image for View {
     }
 
     fn map_write(&self, at: GuestOffset, len: u64) -> Mapped {
-        let leads_through = self.treatment_of(at, len, Route::Write) == Some(Treatment::Through);
-        if leads_through && !self.recovering.load(Ordering::Acquire) {
-            self.own.map_write(at, len)
-        } else {
-            Mapped::Slow
+        if self.recovering.load(Ordering::Acquire) || self.is_read_only() {
+            return Mapped::Slow;
+        }
+        match (self.treatment_of(at, len, Route::Write), &self.in_place) {
+            (Some(Treatment::Through), _) => self.own.map_write(at, len),
+            (Some(Treatment::InPlace), Some(base)) => base.disk.map_write(at, len),
+            _ => Mapped::Slow,
         }
     }
 
@@ -309,11 +379,17 @@ impl Image for View {
     }
 
     fn flush(&self) -> ImageFuture<'_> {
-        self.own.flush()
+        match self.in_place {
+            Some(_) => Box::pin(self.flush_stores()),
+            None => self.own.flush(),
+        }
     }
 
     fn close(&self) -> ImageFuture<'_> {
-        self.own.close()
+        match self.in_place {
+            Some(_) => Box::pin(self.close_stores()),
+            None => self.own.close(),
+        }
     }
 
     /// A view is a whole: it says nothing about the layers below.

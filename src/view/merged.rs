@@ -71,7 +71,9 @@ impl Merged {
     async fn read_piece(&self, piece: &Piece, part: IoBuf) -> Result<()> {
         let what = match piece.treatment {
             Treatment::Composed(what) => what,
-            Treatment::Foreign(_) => return self.truth.read(piece.at, part).await,
+            Treatment::Foreign(_) | Treatment::InPlace => {
+                return self.truth.read(piece.at, part).await;
+            }
             Treatment::Through | Treatment::Journal => return self.own.read(piece.at, part).await,
         };
         let Some(filesystem) = self.territory.filesystem() else {
@@ -100,7 +102,7 @@ impl Merged {
         let size = usize::from(filesystem.superblock().descriptor_size);
         let records = merged.chunks_exact_mut(size).zip(own.chunks_exact(size));
         for (group, (merged, own)) in filesystem.groups_of_descriptor_block(index).zip(records) {
-            if filesystem.owns(group) {
+            if filesystem.owns(group) && !filesystem.is_in_place(group) {
                 merged.copy_from_slice(own);
             }
         }

@@ -8,6 +8,7 @@
 //!
 //! ```text
 //!   request ─ route ─┬─ through ──────────────── the VM's own store (its unwritten ranges fall to the base)
+//!                    ├─ in place ─────────────── own groups of a shared region: the base's store
 //!                    ├─ composed ─ compose ───── own records from the own store, foreign ones from the base
 //!                    │             scatter ───── own records to the own store, foreign ones dropped
 //!                    └─ foreign ─┬ journal ───── read: from the base, as it has committed
@@ -24,8 +25,9 @@
 //! 4. What the base stores is true: its own e2fsck finds nothing amiss. Only its view shows groups as full.
 //! 5. A block that serves several owners is classified by the group that it *serves*, not by the group it lies in.
 //!
-//! Lock order: a task locks at most one shared block, across the I/O of that block; nothing else is
-//! locked under it but the lists of the layers below.
+//! Lock order, each held across the I/O of one shared block: the block in a child's overlay → the same block in the
+//! base, if it holds descriptors of the child's there → the base's superblock. Nothing else is locked under them but
+//! the lists of the layers below.
 
 mod attribute_blocks;
 mod changes;
@@ -35,8 +37,11 @@ pub mod declaration;
 pub mod declared;
 mod disk;
 pub mod file_search;
+mod group_list;
 mod groups;
 pub mod journal;
+pub mod lease;
+mod ledger;
 pub mod merged;
 pub mod new_child;
 mod new_directory;

@@ -6,7 +6,9 @@
 //! milliseconds, while the base's VM runs.
 
 use super::compose::{put_superblock, superblock_in};
-use super::declaration::{BaseDeclaration, ChildDeclaration, Extent as Part, Region};
+use super::declaration::{
+    BaseDeclaration, ChildDeclaration, Extent as Part, Region, check_owned_together,
+};
 use super::probe::{Place, map_file, read_block, read_descriptor, read_inode, read_superblock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ext4::extent::Extent;
@@ -67,10 +69,12 @@ impl NewChild {
                 "a child needs a region to own",
             ));
         }
+        check_owned_together(&regions)?;
         let mut child = Self {
             declaration: ChildDeclaration {
                 base: declaration.id.clone(),
                 regions,
+                nonces: Vec::new(),
             },
             virtual_size: base.virtual_size(),
             subcluster_size: DEFAULT_SUBCLUSTER,

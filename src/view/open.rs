@@ -2,16 +2,18 @@
 
 use std::sync::Arc;
 
-use super::declaration::{BaseDeclaration, ChildDeclaration, Extent, GroupList, Region};
-use super::disk::{Stores, View};
+use super::declaration::{BaseDeclaration, ChildDeclaration, Extent, GroupList, Region, Sharing};
+use super::disk::{InPlace, Stores, View};
 use super::groups::Occupants;
 use super::journal::Committed;
+use super::lease::{Claimant, Holding, Keeper, Leases, Unmounted};
+use super::ledger::{Ledger, Stored};
 use super::ownership::GroupSet;
 use super::probe::{Place, Probe, read_partitions};
 use super::refusal::Refusals;
+use super::session::unmounted;
 use super::territory::{Area, Filesystem, Owner, Side, Territory};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::ext4::volatile::FreeCounts;
 use crate::image::Image;
 use crate::units::{BlockGroup, FsBlock, GuestOffset, InodeNumber};
 
@@ -20,6 +22,8 @@ pub struct SharedBase {
     disk: Arc<dyn Image>,
     declaration: BaseDeclaration,
     committed: Arc<Committed>,
+    ledger: Arc<Ledger>,
+    leases: Arc<Leases>,
 }
 
 impl SharedBase {
@@ -28,17 +32,32 @@ impl SharedBase {
     /// # Errors
     /// If the declaration does not fit the disk, or the filesystem is not sound enough to be kept apart.
     pub async fn open(disk: Arc<dyn Image>, declaration: BaseDeclaration) -> Result<Self> {
-        let committed = async {
+        Self::open_kept(disk, declaration, None).await
+    }
+
+    /// As [`SharedBase::open`]; `keeper` stores who holds its shared regions.
+    ///
+    /// # Errors
+    /// As [`SharedBase::open`].
+    pub async fn open_kept(
+        disk: Arc<dyn Image>,
+        declaration: BaseDeclaration,
+        keeper: Option<Arc<dyn Keeper>>,
+    ) -> Result<Self> {
+        let name = disk.name().to_owned();
+        let opened = async {
+            let ledger = open_ledger(&*disk, &declaration).await?;
             let filesystem = base_filesystem(&*disk, &declaration).await?;
-            Committed::open(Arc::clone(&disk), filesystem).await
+            let committed = Committed::open(Arc::clone(&disk), filesystem).await?;
+            Ok::<_, Error>((ledger, committed))
         };
-        let committed = committed
-            .await
-            .context(|| format!("opening {}", disk.name()))?;
+        let (ledger, committed) = opened.await.context(|| format!("opening {name}"))?;
         Ok(Self {
             disk,
-            declaration,
             committed: Arc::new(committed),
+            ledger: Arc::new(ledger),
+            leases: Arc::new(Leases::new(declaration.clone(), keeper)),
+            declaration,
         })
     }
 
@@ -54,37 +73,120 @@ impl SharedBase {
 /// # Errors
 /// If the declaration does not fit the disk, or the filesystem is not sound enough to be kept apart.
 pub async fn open_base(vm: &str, base: &SharedBase) -> Result<View> {
-    let disk = &base.disk;
-    let territory = base_territory(&**disk, &base.declaration)
+    open_base_through(vm, base, Arc::clone(&base.disk)).await
+}
+
+/// As [`open_base`], for a VM that uses the base's disk through `disk`, which may refuse it to write.
+///
+/// # Errors
+/// As [`open_base`].
+pub async fn open_base_through(vm: &str, base: &SharedBase, disk: Arc<dyn Image>) -> Result<View> {
+    let territory = base_territory(&*disk, &base.declaration)
         .await
         .context(|| format!("opening {}", disk.name()))?;
     let stores = Stores {
-        own: Arc::clone(disk),
-        truth: Arc::clone(disk),
+        own: Arc::clone(&disk),
+        truth: disk,
         committed: Some(Arc::clone(&base.committed)),
+        ledger: Arc::clone(&base.ledger),
+        in_place: None,
+        holding: None,
     };
     View::open(stores, territory, Arc::new(Refusals::new(vm))).await
 }
 
-/// The view of a child's VM, called `vm`, whose overlay is `overlay`.
+/// The view of a child's VM, called `vm`, whose overlay is `overlay`; for a child that writes no shared region, because
+/// it owns none or is read-only.
 ///
 /// # Errors
-/// If the declarations do not fit each other or the disk, or the base has meanwhile used what it had reserved.
+/// If the declarations do not fit each other or the disk, or the base has meanwhile used what it had reserved;
+/// [`ErrorKind::InvalidConfig`] for a child that is to be opened with [`open_holder`].
 pub async fn open_child(
     vm: &str,
     overlay: Arc<dyn Image>,
     child: &ChildDeclaration,
     base: &SharedBase,
 ) -> Result<View> {
-    let territory = child_territory(&*base.disk, &base.declaration, child)
-        .await
-        .context(|| format!("opening {} on {}", overlay.name(), base.disk.name()))?;
-    let stores = Stores {
-        own: overlay,
-        truth: Arc::clone(&base.committed) as Arc<dyn Image>,
-        committed: None,
+    open_claiming(vm, overlay, child, base, None).await
+}
+
+/// As [`open_child`], for a child that owns shared regions, which `claimant` wants to write.
+///
+/// # Errors
+/// As [`open_child`]; [`ErrorKind::Refused`] if somebody else holds one of the regions.
+pub async fn open_holder(
+    vm: &str,
+    overlay: Arc<dyn Image>,
+    child: &ChildDeclaration,
+    base: &SharedBase,
+    claimant: &Claimant,
+) -> Result<View> {
+    open_claiming(vm, overlay, child, base, Some(claimant)).await
+}
+
+async fn open_claiming(
+    vm: &str,
+    overlay: Arc<dyn Image>,
+    child: &ChildDeclaration,
+    base: &SharedBase,
+    claimant: Option<&Claimant>,
+) -> Result<View> {
+    let name = overlay.name().to_owned();
+    let opened = async {
+        let territory = child_territory(&*base.disk, &base.declaration, child).await?;
+        let holding = claim(&*overlay, &territory, child, base, claimant).await?;
+        let has_shared = child.shared_regions().next().is_some();
+        let stores = Stores {
+            own: overlay,
+            truth: Arc::clone(&base.committed) as Arc<dyn Image>,
+            committed: None,
+            ledger: Arc::default(),
+            in_place: has_shared.then(|| InPlace {
+                disk: Arc::clone(&base.disk),
+                ledger: Arc::clone(&base.ledger),
+            }),
+            holding,
+        };
+        View::open(stores, territory, Arc::new(Refusals::new(vm))).await
     };
-    View::open(stores, territory, Arc::new(Refusals::new(vm))).await
+    opened
+        .await
+        .context(|| format!("opening {name} on {}", base.disk.name()))
+}
+
+/// The right to write what the child shares, if it is going to.
+async fn claim(
+    overlay: &dyn Image,
+    territory: &Territory,
+    child: &ChildDeclaration,
+    base: &SharedBase,
+    claimant: Option<&Claimant>,
+) -> Result<Option<Holding>> {
+    let Some(shared) = child.shared_regions().next() else {
+        return Ok(None);
+    };
+    if overlay.is_read_only() {
+        return Ok(None);
+    }
+    let Some(claimant) = claimant else {
+        return Err(invalid(format!(
+            "region \"{}\" is shared: a child that writes it has to claim it",
+            shared.name
+        )));
+    };
+    if base.disk.is_read_only() {
+        return Err(invalid(format!(
+            "region \"{}\" is stored in {}, which is open read-only",
+            shared.name,
+            base.disk.name()
+        )));
+    }
+    let unmounted = match territory.filesystem() {
+        Some(filesystem) => unmounted(overlay, filesystem).await?,
+        None => Unmounted::Cleanly,
+    };
+    let holding = base.leases.claim(child, unmounted, claimant).await?;
+    Ok(Some(holding))
 }
 
 /// What the base's VM owns: everything but the regions.
@@ -102,15 +204,24 @@ async fn base_filesystem(
     let Some(probe) = Probe::of_declared(disk, declaration).await? else {
         return Ok(None);
     };
+    let owned = group_set(&probe, &declaration.regions)?.complement();
+    let in_place = GroupSet::none(probe.superblock().group_count);
+    Ok(Some(Filesystem::new(Side::Base, probe, owned, in_place)))
+}
+
+/// What the writers of a base's disk have to agree on.
+async fn open_ledger(disk: &dyn Image, declaration: &BaseDeclaration) -> Result<Ledger> {
+    let Some(probe) = Probe::of_declared(disk, declaration).await? else {
+        return Ok(Ledger::default());
+    };
     let reserved = group_set(&probe, &declaration.regions)?;
-    let foreign_free = probe.count_free(disk, reserved.iter()).await?;
-    let owned = reserved.complement();
-    Ok(Some(Filesystem::new(
-        Side::Base,
-        probe,
-        owned,
-        foreign_free,
-    )))
+    let is_shared = |region: &Region| region.sharing == Sharing::Shared;
+    let stored = if declaration.regions.iter().any(is_shared) {
+        Stored::ByChildren
+    } else {
+        Stored::ByBase
+    };
+    Ledger::open(disk, &probe, &reserved, stored).await
 }
 
 /// What a child owns: its regions, which the base must not have used.
@@ -128,15 +239,18 @@ pub async fn child_territory(
         return Ok(Territory::new(Side::Child, None, areas));
     };
     let owned = group_set(&probe, &child.regions)?;
-    check_unused(base, &probe, &child.regions).await?;
-    let filesystem = Filesystem::new(Side::Child, probe, owned, FreeCounts::default());
+    let shared: Vec<Region> = child.shared_regions().cloned().collect();
+    let in_place = group_set(&probe, &shared)?;
+    let private = child.regions.iter().filter(|one| !shared.contains(one));
+    check_unused(base, &probe, private).await?;
+    let filesystem = Filesystem::new(Side::Child, probe, owned, in_place);
     Ok(Territory::new(Side::Child, Some(filesystem), areas))
 }
 
 pub(super) async fn check_unused(
     base: &dyn Image,
     probe: &Probe,
-    regions: &[Region],
+    regions: impl IntoIterator<Item = &Region>,
 ) -> Result<()> {
     for region in regions {
         let Extent::Groups { list, .. } = &region.extent else {
@@ -241,10 +355,10 @@ async fn partition_areas(
                 region.name
             )));
         }
-        let owner = if own.iter().any(|other| other.name == region.name) {
-            Owner::Own
-        } else {
-            Owner::Foreign
+        let owner = match own.iter().find(|other| other.name == region.name) {
+            Some(own) if own.sharing == Sharing::Shared => Owner::OwnInPlace,
+            Some(_) => Owner::Own,
+            None => Owner::Foreign,
         };
         areas.push(Area {
             start,

@@ -6,7 +6,7 @@
 use super::changes::Changes;
 use super::choose::choose;
 use super::declaration::{
-    BaseDeclaration, Extent, FilesystemPlace, GroupList, Region, check_region_name,
+    BaseDeclaration, Extent, FilesystemPlace, GroupList, Region, Sharing, check_region_name,
 };
 use super::groups::Occupants;
 use super::new_directory;
@@ -25,6 +25,8 @@ const MAX_SUGGESTED: usize = 256;
 pub struct Request {
     /// Its name.
     pub name: String,
+    /// Where the children's writes are to be stored.
+    pub sharing: Sharing,
     /// What it takes.
     pub reserve: Reserve,
 }
@@ -76,6 +78,7 @@ impl Preparation {
             id,
             filesystem: None,
             regions: Vec::new(),
+            leases: Vec::new(),
         });
         check_names(&declaration, requests)?;
         let takes_groups = requests
@@ -99,6 +102,7 @@ impl Preparation {
                             .context(|| format!("creating {directory}"))?;
                     declaration.regions.push(Region {
                         name: request.name.clone(),
+                        sharing: request.sharing,
                         extent: Extent::Groups {
                             list,
                             directory: directory.clone(),
@@ -115,6 +119,7 @@ impl Preparation {
                 let extent = take_partition(disk, &declaration, number).await?;
                 declaration.regions.push(Region {
                     name: request.name.clone(),
+                    sharing: request.sharing,
                     extent,
                 });
             }

@@ -4,15 +4,16 @@
 //! child keeps to the groups that it was created with until it takes over what its base has added.
 
 use super::choose::choose;
-use super::declaration::{BaseDeclaration, ChildDeclaration, Extent, GroupList, Region};
+use super::declaration::{BaseDeclaration, ChildDeclaration, Extent, GroupList, Region, Sharing};
+use super::lease::held;
 use super::open::{check_unused, group_set};
 use super::prepare::{Groups, check_groups, check_sound};
-use super::probe::{Probe, read_descriptor};
+use super::probe::{Probe, map_file, read_descriptor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ext4::group_descriptor;
 use crate::image::Image;
 use crate::sys::IoBuf;
-use crate::units::{BlockGroup, GuestOffset};
+use crate::units::{BlockGroup, FsBlock, GuestOffset, InodeNumber};
 
 /// Adds groups to the region called `name` of the base on `disk`, which declares `declared`: what it is to declare
 /// from now on.
@@ -65,10 +66,22 @@ pub async fn release(
     name: &str,
 ) -> Result<BaseDeclaration> {
     let region = declared.region(name)?;
-    if matches!(region.extent, Extent::Groups { .. }) {
+    if let Some(lease) = declared.lease(name) {
+        return Err(Error::new(ErrorKind::Refused, held(lease)));
+    }
+    if let Extent::Groups {
+        directory,
+        inode,
+        block,
+        ..
+    } = &region.extent
+    {
         let probe = filesystem_of(disk, declared).await?;
         check_sound(disk, &probe).await?;
-        check_unused(disk, &probe, std::slice::from_ref(region)).await?;
+        if region.sharing == Sharing::Shared {
+            check_directory(disk, &probe, directory, *inode, *block).await?;
+        }
+        check_unused(disk, &probe, [region]).await?;
     }
     let mut rest = declared.clone();
     rest.regions.retain(|region| region.name != name);
@@ -77,6 +90,44 @@ pub async fn release(
         rest.filesystem = None;
     }
     Ok(rest)
+}
+
+/// Takes the shared region called `name` from the child that holds it, which is refused from then on: what that has not
+/// brought to its place is lost. Returns what the base is to declare from now on, and who held the region.
+///
+/// # Errors
+/// [`ErrorKind::InvalidConfig`] if there is no such region, or nobody holds it.
+pub fn evict(declared: &BaseDeclaration, name: &str) -> Result<(BaseDeclaration, String)> {
+    declared.region(name)?;
+    let lease = declared
+        .lease(name)
+        .ok_or_else(|| invalid(format!("nobody holds region \"{name}\"")))?;
+    let mut rest = declared.clone();
+    rest.leases.retain(|other| other.region != name);
+    Ok((rest, lease.holder.clone()))
+}
+
+/// Checks that the directory of a shared region is as it was made: a child wrote its inode, and the base is to trust
+/// it.
+async fn check_directory(
+    disk: &dyn Image,
+    probe: &Probe,
+    directory: &str,
+    inode: u32,
+    block: u64,
+) -> Result<()> {
+    let number = InodeNumber(inode);
+    let blocks = map_file(disk, probe.place(), probe.superblock(), Some(number)).await?;
+    match blocks.as_slice() {
+        [only] if only.start == FsBlock(block) && only.len == 1 => Ok(()),
+        _ => Err(Error::new(
+            ErrorKind::Refused,
+            format!(
+                "{directory} has grown to more than one block, or lies elsewhere: empty it, and let `e2fsck -fD` on \
+                 the base make it small again"
+            ),
+        )),
+    }
 }
 
 /// Takes over what the base has added to a child's regions: in the child's overlay `own` the groups are as in the
@@ -101,14 +152,18 @@ pub async fn adopt(
         return Ok((adopted, GroupList::from_iter([])));
     }
     let probe = filesystem_of(base, declared).await?;
-    check_unused(base, &probe, &adopted.regions).await?;
+    let is_private = |region: &&Region| region.sharing == Sharing::Private;
+    let private: Vec<Region> = adopted.regions.iter().filter(is_private).cloned().collect();
+    check_unused(base, &probe, &private).await?;
     let before = group_set(&probe, &child.regions)?;
     let after = group_set(&probe, &adopted.regions)?;
     let new: GroupList = after
         .iter()
         .filter(|group| !before.contains(*group))
         .collect();
-    for group in new.iter() {
+    // Those of shared regions stay in the base.
+    let private = group_set(&probe, &private)?;
+    for group in new.iter().filter(|group| private.contains(*group)) {
         copy_descriptor(&probe, group, base, own).await?;
     }
     own.close().await?;

@@ -1,6 +1,6 @@
 //! What the regions of a base or a child are, and how full they are.
 
-use super::declaration::{Extent, Region};
+use super::declaration::{BaseDeclaration, Extent, Region, Sharing};
 use super::open::group_set;
 use super::probe::Probe;
 use crate::error::Result;
@@ -12,6 +12,8 @@ use crate::image::Image;
 pub struct RegionUse {
     /// The region.
     pub region: Region,
+    /// Who holds it, if it is shared.
+    pub holder: Option<String>,
     /// Bytes in it, the filesystem's own structures included.
     pub size: u64,
     /// What is free in it; `None` for a partition, into which nobody looks.
@@ -27,13 +29,23 @@ pub struct Free {
     pub inodes: u32,
 }
 
-/// How full `regions` are in what `disk` stores of the filesystem in `probe`: for a base what a new child begins with,
-/// for a child's overlay what is its own. While a VM runs, it is what that has brought to its place.
+/// Where regions are looked at.
+pub struct Place<'a> {
+    /// Private ones: for a base itself, what a new child begins with; for a child's overlay what is its own.
+    pub own: &'a dyn Image,
+    /// Shared ones.
+    pub base: &'a dyn Image,
+    /// What the base declares.
+    pub declaration: &'a BaseDeclaration,
+}
+
+/// How full `regions` are in what is stored of the filesystem in `probe`. While a VM runs, it is what that has brought
+/// to its place.
 ///
 /// # Errors
 /// If the regions do not fit the filesystem, and what reading the disk returns.
 pub async fn usage(
-    disk: &dyn Image,
+    place: &Place<'_>,
     probe: Option<&Probe>,
     regions: &[Region],
 ) -> Result<Vec<RegionUse>> {
@@ -43,6 +55,11 @@ pub async fn usage(
     }
     let mut all = Vec::new();
     for region in regions {
+        let disk = match region.sharing {
+            Sharing::Private => place.own,
+            Sharing::Shared => place.base,
+        };
+        let lease = place.declaration.lease(&region.name);
         let (size, free) = match (&region.extent, probe) {
             (Extent::Partition { length, .. }, _) => (*length, None),
             (Extent::Groups { .. }, None) => (0, None),
@@ -61,6 +78,7 @@ pub async fn usage(
         };
         all.push(RegionUse {
             region: region.clone(),
+            holder: lease.map(|lease| lease.holder.clone()),
             size,
             free,
         });

@@ -3,8 +3,8 @@
 //! # Invariants
 //!
 //! 1. The pieces of a request are its bytes, in order, each once.
-//! 2. Two pieces side by side that are read from the same store, or both lead through, are one piece: what needs no
-//!    treatment is not cut up.
+//! 2. Two pieces side by side that are read from the same store, or both lead through to one, are one piece: what
+//!    needs no treatment is not cut up.
 //! 3. The work is bounded by the number of stretches of the layout that the request covers, and nothing is
 //!    allocated: the fast path asks here.
 
@@ -28,6 +28,8 @@ pub(super) enum Route {
 pub(super) enum Treatment {
     /// Straight through to the VM's own store.
     Through,
+    /// A shared region of the VM's: straight through to the base's store.
+    InPlace,
     /// The base's own journal: straight through, and whoever shows the base to children is told of what was written.
     Journal,
     /// Composed when read, scattered when written.
@@ -122,7 +124,7 @@ impl<'a> Pieces<'a> {
                     stretch = self.territory.readable(at, foreign, end);
                 }
                 Treatment::Journal => stretch.treatment = Treatment::Through,
-                Treatment::Through | Treatment::Composed(_) => {}
+                Treatment::Through | Treatment::InPlace | Treatment::Composed(_) => {}
             }
         }
         // Every stretch moves on, whatever the layout says.
@@ -141,7 +143,9 @@ impl<'a> Pieces<'a> {
     /// Invariant 2.
     fn is_the_same(&self, one: Treatment, next: Treatment) -> bool {
         match (one, next) {
-            (Treatment::Through, Treatment::Through) => true,
+            (Treatment::Through, Treatment::Through) | (Treatment::InPlace, Treatment::InPlace) => {
+                true
+            }
             (Treatment::Foreign(_), Treatment::Foreign(_)) => self.route == Route::Read,
             _ => false,
         }

@@ -11,9 +11,11 @@ use super::refusal::{Answer, Operation, Refusal, Structure};
 use super::route::{Composed, Piece};
 use super::territory::{Filesystem, Side};
 use crate::error::Result;
+use crate::ext4::group_descriptor::{self, GroupDescriptor};
+use crate::ext4::volatile::FreeCounts;
 use crate::ext4::{bitmap, volatile};
 use crate::sys::IoBuf;
-use crate::units::{BlockGroup, GuestOffset, InodeNumber};
+use crate::units::{BlockGroup, FsBlock, GuestOffset, InodeNumber};
 
 /// The most bytes of a piece that are held in memory at once.
 const CHUNK: u64 = 64 << 10;
@@ -95,24 +97,31 @@ impl View {
         operation: Operation,
     ) -> Result<()> {
         let block = filesystem.block_at(piece.at);
-        let _writer = self
-            .shared_blocks
-            .lock(block.0..block.0.saturating_add(1))
-            .await;
+        let _writer = self.ledger.lock(block).await;
+        let _writer_in_base = match what {
+            Composed::Descriptors(index) if filesystem.describes_in_place(index) => {
+                Some(self.in_place()?.ledger.lock(block).await)
+            }
+            _ => None,
+        };
         let shared = self.shared_block(filesystem, what, block).await?;
         let mut written = shared.served.clone();
         written[filesystem.within_block(piece)].copy_from_slice(bytes);
         let range = (piece.at, piece.len);
         let store = match what {
             Composed::Descriptors(index) => {
-                let (store, refused) = scatter_descriptors(filesystem, index, &shared, &written);
-                for group in refused {
-                    self.drop_record(operation, range, Structure::GroupDescriptor, group, None);
+                let scattered = scatter_descriptors(filesystem, index, &shared, &written);
+                for group in &scattered.refused {
+                    self.drop_record(operation, range, Structure::GroupDescriptor, *group, None);
                 }
-                store
+                self.store_in_place(filesystem, block, &shared, &scattered)
+                    .await?;
+                scattered.store
             }
             _ => {
-                let (store, honest) = scatter_superblock(filesystem, &shared, &written)?;
+                let foreign_free = self.ledger.foreign_free();
+                let (store, honest) =
+                    scatter_superblock(filesystem, &shared, &written, foreign_free)?;
                 if !honest {
                     self.drop_record(operation, range, Structure::Superblock, BlockGroup(0), None);
                 }
@@ -124,6 +133,29 @@ impl View {
         }
         self.own
             .write(filesystem.offset_of(block), IoBuf::from_bytes(&store))
+            .await
+    }
+
+    /// Stores those of the own records that are the base's to keep. The block is locked in the base.
+    async fn store_in_place(
+        &self,
+        filesystem: &Filesystem,
+        block: FsBlock,
+        shared: &SharedBlock,
+        scattered: &Scattered,
+    ) -> Result<()> {
+        let Some(store) = &scattered.in_place else {
+            return Ok(());
+        };
+        if Some(store) == shared.in_place.as_ref() {
+            return Ok(());
+        }
+        let base = self.in_place()?;
+        let buf = IoBuf::from_bytes(store);
+        base.disk.write(filesystem.offset_of(block), buf).await?;
+        let (before, after) = scattered.free;
+        base.ledger
+            .note_free(&*base.disk, filesystem, before, after)
             .await
     }
 
@@ -172,30 +204,64 @@ fn changed_records(served: &[u8], written: &[u8], skip: usize, size: usize) -> V
     changed
 }
 
-/// The block to store, and the foreign groups whose descriptors were to change.
+/// What becomes of a block of descriptors.
+struct Scattered {
+    /// The block to store.
+    store: Vec<u8>,
+    /// The block to store in the base, if records in it are the VM's own.
+    in_place: Option<Vec<u8>>,
+    /// What these had free, and have.
+    free: (FreeCounts, FreeCounts),
+    /// The groups whose descriptors were to change, and do not: foreign ones, and shared ones that no kernel writes so.
+    refused: Vec<BlockGroup>,
+}
+
 fn scatter_descriptors(
     filesystem: &Filesystem,
     index: u32,
     shared: &SharedBlock,
     written: &[u8],
-) -> (Vec<u8>, Vec<BlockGroup>) {
-    let size = usize::from(filesystem.superblock().descriptor_size);
-    let mut store = shared.stored.clone();
-    let mut refused = Vec::new();
-    let records = store
-        .chunks_exact_mut(size)
-        .zip(written.chunks_exact(size))
-        .zip(shared.served.chunks_exact(size));
-    for (group, ((store, written), served)) in
-        filesystem.groups_of_descriptor_block(index).zip(records)
-    {
-        if filesystem.owns(group) {
-            store.copy_from_slice(written);
-        } else if written != served {
-            refused.push(group);
+) -> Scattered {
+    let superblock = filesystem.superblock();
+    let size = usize::from(superblock.descriptor_size);
+    let mut scattered = Scattered {
+        store: shared.stored.clone(),
+        in_place: shared.in_place.clone(),
+        free: (FreeCounts::default(), FreeCounts::default()),
+        refused: Vec::new(),
+    };
+    let places = (0..).step_by(size).map(|at| at..at + size);
+    for (group, at) in filesystem.groups_of_descriptor_block(index).zip(places) {
+        let (Some(record), Some(served)) = (written.get(at.clone()), shared.served.get(at.clone()))
+        else {
+            break;
+        };
+        let in_place = match &mut scattered.in_place {
+            Some(block) if filesystem.is_in_place(group) => block.get_mut(at.clone()),
+            _ => None,
+        };
+        if let Some(stored) = in_place {
+            let is_sound = filesystem.locations(group).is_some_and(|locations| {
+                group_descriptor::is_sound(superblock, group, locations, record)
+            });
+            if is_sound {
+                let free = |bytes: &[u8]| GroupDescriptor::parse(bytes).free();
+                let (before, after) = scattered.free;
+                scattered.free = (
+                    [before, free(stored)].into_iter().sum(),
+                    [after, free(record)].into_iter().sum(),
+                );
+                stored.copy_from_slice(record);
+            } else if record != served {
+                scattered.refused.push(group);
+            }
+        } else if filesystem.owns(group) {
+            scattered.store[at].copy_from_slice(record);
+        } else if record != served {
+            scattered.refused.push(group);
         }
     }
-    (store, refused)
+    scattered
 }
 
 /// The block to store, and whether nothing foreign in it was to change.
@@ -203,11 +269,12 @@ fn scatter_superblock(
     filesystem: &Filesystem,
     shared: &SharedBlock,
     written: &[u8],
+    foreign_free: FreeCounts,
 ) -> Result<(Vec<u8>, bool)> {
     let mut superblock = superblock_in(written)?;
     if filesystem.side() == Side::Base {
         if superblock != superblock_in(&shared.served)? {
-            volatile::reveal_free(&mut superblock, filesystem.foreign_free());
+            volatile::reveal_free(&mut superblock, foreign_free);
         } else {
             superblock = superblock_in(&shared.stored)?;
         }

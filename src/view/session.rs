@@ -8,13 +8,51 @@
 
 use std::sync::atomic::Ordering;
 
-use super::compose::read_bytes;
+use super::compose::{read_bytes, superblock_in};
 use super::disk::View;
+use super::lease::Unmounted;
+use super::territory::Filesystem;
 use crate::error::Result;
 use crate::ext4::jbd2::{JOURNAL_SUPERBLOCK_SIZE, JournalSuperblock};
+use crate::ext4::superblock::Superblock;
+use crate::image::Image;
 use crate::units::GuestOffset;
 
+/// Whether the VM whose own store is `own` has unmounted `filesystem` cleanly: its superblock says so, and its journal
+/// has nothing to bring to its place. What cannot be read was not unmounted.
+pub(super) async fn unmounted(own: &dyn Image, filesystem: &Filesystem) -> Result<Unmounted> {
+    let at = filesystem.superblock_block_offset();
+    let block = read_bytes(own, at, filesystem.block_size()).await?;
+    let superblock = Superblock::parse(&superblock_in(&block)?);
+    let is_clean = superblock.is_ok_and(|superblock| superblock.is_clean());
+    let is_empty = match filesystem.journal_start() {
+        Some(start) => {
+            let at = filesystem.offset_of(start);
+            let bytes = read_bytes(own, at, JOURNAL_SUPERBLOCK_SIZE).await?;
+            bytes.first_chunk().is_some_and(|bytes| {
+                let blocks = filesystem.journal_blocks();
+                JournalSuperblock::parse(filesystem.superblock(), blocks, bytes)
+                    .is_ok_and(|journal| journal.is_empty())
+            })
+        }
+        None => true,
+    };
+    Ok(if is_clean && is_empty {
+        Unmounted::Cleanly
+    } else {
+        Unmounted::Not
+    })
+}
+
 impl View {
+    /// Whether the guest has unmounted its filesystem cleanly, if the disk has one that this knows of.
+    pub(super) async fn is_clean(&self) -> Result<bool> {
+        match self.territory.filesystem() {
+            Some(filesystem) => Ok(unmounted(&*self.own, filesystem).await? == Unmounted::Cleanly),
+            None => Ok(true),
+        }
+    }
+
     /// Looks whether the guest has a journal to replay.
     pub(super) async fn start_session(&self) -> Result<()> {
         let recovering = self.has_to_replay().await?;

@@ -12,7 +12,7 @@ use crate::ext4::extent::Extent;
 use crate::ext4::group_descriptor::Locations;
 use crate::ext4::layout::{Kind, Layout};
 use crate::ext4::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, Superblock};
-use crate::ext4::volatile::{FreeCounts, Share};
+use crate::ext4::volatile::Share;
 use crate::units::{BlockGroup, FsBlock, GuestOffset};
 
 /// Which of the VMs that share a disk this one is.
@@ -38,8 +38,10 @@ pub struct Area {
 /// Whose something is, from one VM's point of view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
-    /// This VM's.
+    /// This VM's, in its own store.
     Own,
+    /// This VM's, in the base.
+    OwnInPlace,
     /// Another one's.
     Foreign,
 }
@@ -59,8 +61,8 @@ pub struct Filesystem {
     side: Side,
     probe: Probe,
     owned: GroupSet,
-    /// What is free in the groups that the VM does not own; for the base alone.
-    foreign_free: FreeCounts,
+    /// Those of the owned groups that a child writes in the base.
+    in_place: GroupSet,
     attributes: AttributeBlocks,
 }
 
@@ -113,6 +115,7 @@ impl Territory {
         };
         let treatment = match owner {
             Owner::Own => Treatment::Through,
+            Owner::OwnInPlace => Treatment::InPlace,
             Owner::Foreign => foreign(Structure::Disk, None),
         };
         Stretch {
@@ -159,14 +162,14 @@ fn foreign(structure: Structure, group: Option<BlockGroup>) -> Treatment {
 }
 
 impl Filesystem {
-    /// The filesystem in `probe`, of which the VM owns the groups `owned`.
+    /// The filesystem in `probe`, of which the VM owns the groups `owned`, those `in_place` in the base.
     #[must_use]
-    pub fn new(side: Side, probe: Probe, owned: GroupSet, foreign_free: FreeCounts) -> Self {
+    pub fn new(side: Side, probe: Probe, owned: GroupSet, in_place: GroupSet) -> Self {
         Self {
             side,
             probe,
             owned,
-            foreign_free,
+            in_place,
             attributes: AttributeBlocks::default(),
         }
     }
@@ -227,12 +230,19 @@ impl Filesystem {
         self.probe.layout()
     }
 
-    pub(super) fn foreign_free(&self) -> FreeCounts {
-        self.foreign_free
-    }
-
     pub(super) fn owns(&self, group: BlockGroup) -> bool {
         self.owned.contains(group)
+    }
+
+    /// Whether a group is one of the VM's own that are stored in the base.
+    pub(super) fn is_in_place(&self, group: BlockGroup) -> bool {
+        self.in_place.contains(group)
+    }
+
+    /// Whether block `index` of the descriptor table holds descriptors that the VM writes in the base.
+    pub(super) fn describes_in_place(&self, index: u32) -> bool {
+        self.groups_of_descriptor_block(index)
+            .any(|group| self.is_in_place(group))
     }
 
     pub(super) fn locations(&self, group: BlockGroup) -> Option<Locations> {
@@ -354,7 +364,7 @@ impl Filesystem {
             Kind::Boot => self.unless_child(Structure::Superblock, None),
             Kind::ReservedDescriptors => self.unless_child(Structure::Backup, Some(BlockGroup(0))),
             Kind::Backup { group } => self.unless_child(Structure::Backup, Some(group)),
-            Kind::Data { group } if self.owns(group) => Treatment::Through,
+            Kind::Data { group } if self.owns(group) => self.own(group),
             Kind::Data { group } => foreign(Structure::Data, Some(group)),
         };
         Stretch { treatment, end }
@@ -370,9 +380,18 @@ impl Filesystem {
 
     fn unless_owned(&self, group: BlockGroup, composed: Composed) -> Treatment {
         if self.owns(group) {
-            Treatment::Through
+            self.own(group)
         } else {
             Treatment::Composed(composed)
+        }
+    }
+
+    /// How what serves an owned group is treated.
+    fn own(&self, group: BlockGroup) -> Treatment {
+        if self.is_in_place(group) {
+            Treatment::InPlace
+        } else {
+            Treatment::Through
         }
     }
 

@@ -156,6 +156,38 @@ impl Family {
         })
     }
 
+    /// A base with a shared region for each of `children`: name, region (at `/` and its name) and block groups.
+    pub fn with_shared_regions(filesystem: Filesystem, children: &[(&str, &str, &str)]) -> Family {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))
+            .expect("a temporary directory can be made");
+        let mut family = Family {
+            dir,
+            filesystem,
+            placement: Placement::WholeDisk,
+            children: Vec::new(),
+            daemon: None,
+        };
+        family.make_disk();
+        for (_, region, groups) in children {
+            let reserve = format!("{region}=groups:{groups}");
+            let directory = format!("/{region}");
+            family.seethrough_ok(&[
+                "prepare",
+                "base.qcow2",
+                "--reserve",
+                &reserve,
+                "--dir",
+                &directory,
+                "--shared",
+                region,
+            ]);
+        }
+        for (child, region, _) in children {
+            family.create_child_of(child, region);
+        }
+        family
+    }
+
     fn make_disk(&self) {
         let raw = self.path("base.raw");
         let size = self.filesystem.size_mib * MIB;
@@ -226,9 +258,31 @@ impl Family {
 
     /// Makes one more child.
     pub fn create_child(&mut self, name: &str) {
+        self.create_child_of(name, "local");
+    }
+
+    /// Makes one more child, which owns the region called `region`.
+    pub fn create_child_of(&mut self, name: &str, region: &str) {
         let image = format!("{name}.qcow2");
-        self.seethrough_ok(&["create", "-b", "base.qcow2", &image, "--region", "local"]);
+        self.seethrough_ok(&["create", "-b", "base.qcow2", &image, "--region", region]);
         self.children.push(name.to_owned());
+    }
+
+    /// Runs `seethrough` in the family's directory; it must fail. Returns what it said.
+    pub fn seethrough_refuses(&self, arguments: &[&str]) -> String {
+        narration::command("$", &format!("seethrough {}", arguments.join(" ")));
+        let output = Command::new(env!("CARGO_BIN_EXE_seethrough"))
+            .args(arguments)
+            .current_dir(self.dir.path())
+            .output()
+            .expect("seethrough runs");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            !output.status.success(),
+            "seethrough {} succeeded",
+            arguments.join(" ")
+        );
+        text
     }
 
     /// Runs `seethrough` in the family's directory; it must succeed. Returns its standard output.

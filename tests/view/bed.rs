@@ -14,7 +14,7 @@ use seethrough::storage::MemoryStorage;
 use seethrough::sys::{IoBuf, block_on};
 use seethrough::units::GuestOffset;
 use seethrough::view::View;
-use seethrough::view::declaration::{BaseDeclaration, ChildDeclaration};
+use seethrough::view::declaration::{BaseDeclaration, ChildDeclaration, Sharing};
 use seethrough::view::merged::Merged;
 use seethrough::view::new_child::NewChild;
 use seethrough::view::open::{SharedBase, child_territory, open_base, open_child};
@@ -127,11 +127,17 @@ pub(crate) fn make_disk(recipe: &Recipe) -> (TempDir, Arc<MemoryStorage>, Arc<dy
 }
 
 pub(crate) fn local(groups: &str) -> Request {
+    region("local", groups, Sharing::Private)
+}
+
+/// A region whose directory is called as it is.
+pub(crate) fn region(name: &str, groups: &str, sharing: Sharing) -> Request {
     Request {
-        name: "local".into(),
+        name: name.into(),
+        sharing,
         reserve: Reserve::Groups {
             groups: Groups::Listed(groups.parse().unwrap()),
-            directory: "/local".into(),
+            directory: format!("/{name}"),
         },
     }
 }
@@ -141,12 +147,17 @@ pub(crate) const ID: &str = "00112233445566778899aabbccddeeff";
 impl Bed {
     /// A base with one region, `local`.
     pub(crate) fn new(recipe: &Recipe) -> Self {
+        Self::with_regions(recipe, &[local(recipe.groups)])
+    }
+
+    /// A base with regions.
+    pub(crate) fn with_regions(recipe: &Recipe, regions: &[Request]) -> Self {
         let (dir, storage, base) = make_disk(recipe);
         let preparation = block_on(Preparation::plan(
             &*base,
             None,
             ID.into(),
-            &[local(recipe.groups)],
+            regions,
             (recipe.start != 0).then_some(1),
         ))
         .unwrap();
@@ -208,21 +219,22 @@ impl Bed {
     }
 
     pub(crate) fn child(&self, name: &str) -> Child {
-        let new = block_on(NewChild::plan(
-            &*self.base,
-            &self.declaration,
-            &["local".to_owned()],
-        ))
-        .unwrap();
-        let overlay = Arc::new(TestOverlay::new(self.base.clone(), new.subcluster_size));
-        block_on(new.write_to(&*overlay)).unwrap();
-        let declaration = new.declaration;
+        let (overlay, declaration) = self.new_child(&["local"]);
         let view = self.open_child(name, &overlay, &declaration);
         Child {
             overlay,
             declaration,
             view,
         }
+    }
+
+    /// A fresh overlay that owns these regions.
+    pub(crate) fn new_child(&self, regions: &[&str]) -> (Arc<TestOverlay>, ChildDeclaration) {
+        let names: Vec<String> = regions.iter().map(|name| (*name).to_owned()).collect();
+        let new = block_on(NewChild::plan(&*self.base, &self.declaration, &names)).unwrap();
+        let overlay = Arc::new(TestOverlay::new(self.base.clone(), new.subcluster_size));
+        block_on(new.write_to(&*overlay)).unwrap();
+        (overlay, new.declaration)
     }
 
     pub(crate) fn open_child(
@@ -352,7 +364,7 @@ impl<'a> Kernel<'a> {
 
     /// Unmounts, and writes to the disk what has changed, a block at a time.
     pub(crate) fn unmount(mut self) -> Vec<u8> {
-        unmount(self.mount.to_str().unwrap());
+        unmount(self.mount.to_str().unwrap(), &self.copy);
         let changed = self.changes();
         self.write(&changed);
         self.before
@@ -360,7 +372,7 @@ impl<'a> Kernel<'a> {
 
     /// Unmounts, and returns what has changed, which is not written to the disk.
     pub(crate) fn unmount_unwritten(mut self) -> Vec<Changed> {
-        unmount(self.mount.to_str().unwrap());
+        unmount(self.mount.to_str().unwrap(), &self.copy);
         self.changes()
     }
 
@@ -378,6 +390,18 @@ impl<'a> Kernel<'a> {
         // A sync of the whole filesystem would bring everything to its place, too.
         let file = File::create(self.mount.join("marker")).unwrap();
         file.sync_all().unwrap();
+    }
+
+    /// Has the kernel commit what lies below a directory of the mount; nothing is brought to its place.
+    pub(crate) fn commit_in(&self, directory: &Path) {
+        let file = File::create(directory.join("marker")).unwrap();
+        file.sync_all().unwrap();
+    }
+
+    /// Writes to the disk what has changed so far.
+    pub(crate) fn write_so_far(&mut self) {
+        let changed = self.changes();
+        self.write(&changed);
     }
 
     /// The blocks that have changed since this was asked last.
@@ -426,16 +450,24 @@ pub(crate) struct Changed {
 }
 
 /// Unmounts. A program that another test is just starting has this process's files open until it runs, those below the
-/// mount among them, so the kernel may call the mount busy for a moment: as often as that, it is asked again.
-fn unmount(mount: &str) {
+/// mount among them, so the kernel may call the mount busy for a moment: as often as that, it is asked again. For the
+/// same reason the filesystem may be in use for a moment longer than it is mounted: its loop device goes last.
+fn unmount(mount: &str, disk: &Path) {
     const TRIES: usize = 1000;
-    for _ in 0..TRIES {
-        match try_run("umount", &[mount]) {
-            (Some(0), _) => return,
-            (_, text) => assert!(text.contains("busy"), "umount {mount}:\n{text}"),
+    let is_unmounted = || match try_run("umount", &[mount]) {
+        (Some(0), _) => true,
+        (_, text) => {
+            assert!(text.contains("busy"), "umount {mount}:\n{text}");
+            false
         }
-    }
-    panic!("{mount} is still busy after {TRIES} tries");
+    };
+    let is_idle = || run("losetup", &["-j", disk.to_str().unwrap()]).is_empty();
+    assert!((0..TRIES).any(|_| is_unmounted()), "{mount} is busy");
+    assert!(
+        (0..TRIES).any(|_| is_idle()),
+        "{} is in use",
+        disk.display()
+    );
 }
 
 /// The filesystem's block size.

@@ -24,6 +24,15 @@ impl TestOverlay {
         }
     }
 
+    /// A disk with the same blocks on the same backing image.
+    pub(crate) fn copied(&self) -> Self {
+        Self {
+            backing: self.backing.clone(),
+            block_size: self.block_size,
+            blocks: Mutex::new(self.blocks.lock().unwrap().clone()),
+        }
+    }
+
     /// The blocks that were ever written.
     pub(crate) fn written_blocks(&self) -> Vec<u64> {
         self.blocks.lock().unwrap().keys().copied().collect()
