@@ -1,17 +1,17 @@
 //! Guest memory that its front-end takes away.
 //!
-//! Guest memory is a file that the front-end shares with this process, and that it can cut short at any moment. An access
-//! to a page behind the file's new end raises SIGBUS, which would end the process, and with it the disks of every other
-//! VM. Sealing would forbid it, but not all memory can be sealed: files in /dev/shm or in a hugetlbfs cannot.
+//! Guest memory is a file that the front-end shares with this process, and that it can cut short at any moment. An
+//! access to a page behind the file's new end raises SIGBUS, which would end the process, and with it the disks of
+//! every other VM. Sealing would forbid it, but not all memory can be sealed: files in /dev/shm or in a hugetlbfs cannot.
 //!
-//! So accesses may fail: a handler puts zeros in place of the whole mapping, notes that it is lost, and lets the access go
-//! on. What the VM's own requests then read and write is its own affair. I/O that the kernel does for us on such pages
-//! fails with `EFAULT` and needs no handler.
+//! So accesses may fail: a handler puts zeros in place of the whole mapping, notes that it is lost, and lets the access
+//! go on. What the VM's own requests then read and write is its own affair. I/O that the kernel does for us on such
+//! pages fails with `EFAULT` and needs no handler.
 //!
 //! # Invariants
 //!
-//! 1. A [`WatchedMemory`] is dropped before its mapping is unmapped: the handler never touches an address that has become
-//!    something else.
+//! 1. A [`WatchedMemory`] is dropped before its mapping is unmapped: the handler never touches an address that has
+//!    become something else.
 //! 2. The handler only reads atomics and calls `mmap`. Entries of the list that it walks are never freed, only used
 //!    again, so there are as many as there were mappings at one time.
 
@@ -172,8 +172,8 @@ extern "C" fn on_bus_error(
 }
 
 fn replace(entry: &Entry, start: usize, len: usize) -> bool {
-    // SAFETY: the range is a mapping of guest memory that is not unmapped while it is watched (invariant 1). Nothing but
-    // bytes that a guest can change at any time is in it, so they may change now.
+    // SAFETY: the range is a mapping of guest memory that is not unmapped while it is watched (invariant 1). Nothing
+    // but bytes that a guest can change at any time is in it, so they may change now.
     let mapped = unsafe {
         libc::mmap(
             ptr::with_exposed_provenance_mut(start),

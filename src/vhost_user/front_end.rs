@@ -105,9 +105,11 @@ impl Drop for FrontEnd {
     fn drop(&mut self) {
         self.stop();
         if self.memory.is_lost() {
-            log::error!(
-                "{}: the front-end has cut its guest's memory short while it was in use; what was lost has read as zeros",
-                self.vm.name()
+            self.vm.note(
+                log::Level::Error,
+                format_args!(
+                    "the front-end has cut its guest's memory short while it was in use; what was lost reads as zeros"
+                ),
             );
         }
     }

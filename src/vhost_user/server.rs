@@ -4,6 +4,7 @@
 //! lets every request that was taken end, closes every disk and removes the socket files.
 
 use std::any::Any;
+use std::fmt;
 use std::io::ErrorKind as IoErrorKind;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -23,6 +24,7 @@ use super::session::{close, serve};
 use super::socket::{Endpoint, Listener};
 use super::{MAX_QUEUE_SIZE, MAX_QUEUES, thread_name};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::log_limit::LogLimit;
 use crate::metrics::QueueCounters;
 use crate::virtio_blk::Device;
 
@@ -40,6 +42,7 @@ pub struct Vm {
     queue_size: u16,
     counters: Arc<QueueCounters>,
     connected: AtomicBool,
+    lines: Arc<LogLimit>,
 }
 
 /// Says that a front-end is connected, until it is dropped.
@@ -85,6 +88,7 @@ impl Vm {
             queue_size,
             counters: Arc::default(),
             connected: AtomicBool::new(false),
+            lines: Arc::default(),
         })
     }
 
@@ -110,6 +114,24 @@ impl Vm {
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.connected.load(Ordering::Relaxed)
+    }
+
+    /// What bounds the log lines that front-ends and drivers cause.
+    pub(super) fn lines(&self) -> &Arc<LogLimit> {
+        &self.lines
+    }
+
+    /// Logs what a front-end has caused, seldom enough that none fills a log.
+    pub(super) fn note(&self, level: log::Level, what: fmt::Arguments<'_>) {
+        match self.lines.take() {
+            Some(0) => log::log!(level, "{}: {what}", self.name),
+            Some(more) => log::log!(
+                level,
+                "{}: {what} ({more} lines about its front-ends were left out)",
+                self.name
+            ),
+            None => log::debug!("{}: {what}", self.name),
+        }
     }
 
     /// Notes that a front-end has connected.

@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
+use log::Level;
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 
 use super::front_end::FrontEnd;
@@ -13,12 +14,15 @@ use crate::sys::block_on;
 /// Serves the front-end at the other end of `stream` until it leaves or the stream is shut down; then everything that
 /// its guest was told is written is on the host's disk.
 pub(super) fn serve(vm: &Arc<Vm>, stream: UnixStream) {
-    log::info!("{}: a front-end has connected", vm.name());
+    vm.note(Level::Info, format_args!("a front-end has connected"));
     let _connection = vm.connection();
     vm.device().reset();
     let begun = block_on(vm.device().image().begin_session());
     if let Err(error) = begun {
-        log::error!("{}: the disk cannot be served: {error}", vm.name());
+        vm.note(
+            Level::Error,
+            format_args!("the disk cannot be served: {error}"),
+        );
         return;
     }
     let front_end = Arc::new(Mutex::new(FrontEnd::new(Arc::clone(vm))));
@@ -27,11 +31,11 @@ pub(super) fn serve(vm: &Arc<Vm>, stream: UnixStream) {
     drop(front_end);
     match end {
         ProtocolError::Disconnected | ProtocolError::SocketBroken(_) => {
-            log::info!("{}: the front-end has left", vm.name());
+            vm.note(Level::Info, format_args!("the front-end has left"));
         }
-        error => log::error!(
-            "{}: the session ends on a message that cannot be carried out: {error}",
-            vm.name()
+        error => vm.note(
+            Level::Error,
+            format_args!("the session ends on a message that cannot be carried out: {error}"),
         ),
     }
     log::debug!("{}: {}", vm.name(), vm.counters().totals());

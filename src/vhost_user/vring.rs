@@ -199,6 +199,7 @@ impl Vring {
             call: Arc::clone(&self.call),
             stop: Arc::clone(&stop),
             counters: Arc::clone(shared.vm.counters()),
+            lines: Arc::clone(shared.vm.lines()),
         };
         let thread = start_worker(
             thread_name(shared.vm.name(), &format!("-q{}", self.index)),

@@ -31,6 +31,7 @@ use super::polling::{Advice, Polling};
 use super::stop::Stop;
 use crate::error::{Error, Result};
 use crate::image::{InFlight, Mapped};
+use crate::log_limit::LogLimit;
 use crate::metrics::QueueCounters;
 use crate::sys::{Direction, HostFile, IoBuf, Reactor};
 use crate::units::HostOffset;
@@ -51,6 +52,7 @@ pub(super) struct Setup {
     pub(super) call: Arc<Call>,
     pub(super) stop: Arc<Stop>,
     pub(super) counters: Arc<QueueCounters>,
+    pub(super) lines: Arc<LogLimit>,
 }
 
 /// A worker; it lives on its thread.
@@ -276,7 +278,7 @@ impl Worker {
 
     /// Takes nothing more from a ring whose driver broke its rules, until it is set up anew.
     fn give_up(&mut self, error: &virtio_queue::Error) {
-        if !std::mem::replace(&mut self.broken, true) {
+        if !std::mem::replace(&mut self.broken, true) && self.setup.lines.take().is_some() {
             log::error!(
                 "{}: the driver broke its ring, which stops until it is set up anew: {error}",
                 self.setup.name

@@ -19,7 +19,7 @@ use seethrough::ext4::layout::Kind;
 use seethrough::image::{Access, Image, RawImage};
 use seethrough::storage::MemoryStorage;
 use seethrough::sys::block_on;
-use seethrough::units::FsBlock;
+use seethrough::units::{BlockGroup, FsBlock};
 use seethrough::view::declaration::GroupList;
 use seethrough::view::probe::{Probe, locate};
 use tempfile::TempDir;
@@ -306,6 +306,45 @@ fn hostile_child(mke2fs: &[&str]) {
         "the base's image has changed"
     );
     scene.check_images();
+    assert_overlay_holds_nothing_foreign(&scene, &ground);
+}
+
+/// Nothing that is the base's has reached the attacker's own image, either.
+fn assert_overlay_holds_nothing_foreign(scene: &Scene, ground: &Ground) {
+    let (overlay, base) = (scene.contents("tom"), scene.contents("base"));
+    let block_len = ground.block_len();
+    for block in 0..ground.probe.superblock().blocks_count {
+        let (kind, _) = ground
+            .probe
+            .layout()
+            .classify(FsBlock(block))
+            .expect("a block");
+        let start = usize::try_from(block * block_len).expect("small");
+        let end = start + usize::try_from(block_len).expect("small");
+        let (own, theirs) = (&overlay[start..end], &base[start..end]);
+        let is_foreign = match kind {
+            Kind::Data { group }
+            | Kind::BlockBitmap { group }
+            | Kind::InodeBitmap { group }
+            | Kind::InodeTable { group, .. } => !ground.owned.contains(group),
+            Kind::Backup { .. } | Kind::Boot | Kind::ReservedDescriptors => true,
+            Kind::Descriptors { index } => {
+                let superblock = ground.probe.superblock();
+                let size = usize::from(superblock.descriptor_size);
+                let first = index * superblock.descriptors_per_block();
+                for (group, (own, theirs)) in
+                    (first..).zip(own.chunks(size).zip(theirs.chunks(size)))
+                {
+                    let foreign =
+                        group < superblock.group_count && !ground.owned.contains(BlockGroup(group));
+                    assert!(!foreign || own == theirs, "the descriptor of group {group}");
+                }
+                false
+            }
+            Kind::Superblock | Kind::Journal { .. } | Kind::OrphanFile { .. } => false,
+        };
+        assert!(!is_foreign || own == theirs, "block {block}: {kind:?}");
+    }
 }
 
 #[test]
