@@ -2,7 +2,8 @@
 //!
 //! Guest memory is a file that the front-end shares with this process, and that it can cut short at any moment. An
 //! access to a page behind the file's new end raises SIGBUS, which would end the process, and with it the disks of
-//! every other VM. Sealing would forbid it, but not all memory can be sealed: files in /dev/shm or in a hugetlbfs cannot.
+//! every other VM. Sealing would forbid it, but not all memory can be sealed: files in /dev/shm or in a hugetlbfs
+//! cannot.
 //!
 //! So accesses may fail: a handler puts zeros in place of the whole mapping, notes that it is lost, and lets the access
 //! go on. What the VM's own requests then read and write is its own affair. I/O that the kernel does for us on such
