@@ -160,11 +160,8 @@ impl Images {
     }
 
     fn converted(&mut self, place: Place, name: &str, options: &[&str]) -> Result<PathBuf> {
-        let raw = self.raw(if place == Place::Direct {
-            Place::Disk
-        } else {
-            place
-        })?;
+        // The one that nobody writes to.
+        let raw = self.raw(Place::Disk)?;
         self.make(place, &format!("{name}.qcow2"), |_, path| {
             run(Command::new("qemu-img")
                 .args(["convert", "-f", "raw", "-O", "qcow2"])
