@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::device::ring_entries;
 use crate::disk::{Disk, Format, Layer};
 
 /// Whether images go through the host's page cache.
@@ -67,6 +68,8 @@ pub(crate) struct Service<'a> {
     pub(crate) sockets: &'a [PathBuf],
     pub(crate) cache: Cache,
     pub(crate) queues: usize,
+    /// Requests under way in each queue.
+    pub(crate) depth: usize,
 }
 
 impl Contender {
@@ -113,11 +116,12 @@ fn seethrough(path: &Path, service: Service<'_>) -> Command {
     for (number, (disk, socket)) in service.disks.iter().zip(service.sockets).enumerate() {
         let Layer { path, format } = disk.top();
         command.arg("--vm").arg(format!(
-            "name=vm{number},image={},format={},socket={},num-queues={}",
+            "name=vm{number},image={},format={},socket={},num-queues={},queue-size={}",
             path.display(),
             format.name(),
             socket.display(),
-            service.queues
+            service.queues,
+            ring_entries(service.depth)
         ));
     }
     command

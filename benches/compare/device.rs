@@ -65,10 +65,8 @@ impl Device {
         waiting: Waiting,
     ) -> Result<Self> {
         let mut transport = connect(daemon, socket)?;
-        // A request takes three descriptors: header, data, status.
-        let entries = (shape.depth * 3).next_power_of_two().max(16);
-        let entries =
-            u16::try_from(entries).map_err(|_| "a queue that deep has too many entries")?;
+        let entries = u16::try_from(ring_entries(shape.depth))
+            .map_err(|_| "a queue that deep has too many entries")?;
         let mut queues = VirtioBlkQueue::setup_queues(&mut *transport, shape.queues, entries)
             .map_err(|error| format!("queues: {error}"))?;
         for queue in &mut queues {
@@ -177,6 +175,12 @@ impl Device {
             .as_ptr()
             .wrapping_add(slot * self.shape.slot_len)
     }
+}
+
+/// Entries of a ring with room for `depth` requests, of three descriptors each: header, data, status. At least as many
+/// as a kernel's driver is usually given.
+pub(crate) fn ring_entries(depth: usize) -> usize {
+    (depth * 3).next_power_of_two().max(256)
 }
 
 fn connect(daemon: &mut Daemon, socket: &Path) -> Result<Box<VirtioBlkTransport>> {

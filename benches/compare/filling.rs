@@ -35,6 +35,7 @@ pub(crate) fn fill_through(
         sockets: &sockets,
         cache: Cache::PageCache,
         queues: 1,
+        depth: load.depth,
     };
     let mut command = Contender::seethrough(seethrough).command(service);
     let mut daemon = Daemon::start(&mut command, &scratch.join("fill.log"))?;

@@ -39,6 +39,7 @@ pub(crate) fn measure(
         sockets: &sockets,
         cache: cell.place.cache(),
         queues: load.queues,
+        depth: load.depth,
     };
     let mut command = contender.command(service);
     let log = scratch.join("contender.log");
