@@ -5,6 +5,7 @@ use std::process::Command;
 
 const VERBS: &[&str] = &[
     "serve", "status", "refusals", "prepare", "create", "flatten", "info", "map", "convert",
+    "serve", "status", "prepare", "create", "regions", "df", "flatten", "info", "map", "convert",
     "snapshot", "resize", "check", "measure", "compare", "rebase", "dump", "commit", "bench",
 ];
 

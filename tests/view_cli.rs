@@ -8,9 +8,11 @@
 )]
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Command;
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
@@ -347,4 +349,58 @@ fn a_shared_region_is_declared_listed_owned_and_given_back() {
     }
     let error = bench.refused("seethrough flatten ann.qcow2 x.raw");
     assert!(error.contains("no region \"photos\""), "{error}");
+}
+
+#[test]
+fn df_and_the_map_of_groups_agree_with_the_stock_tools() {
+    let bench = Bench::new();
+    bench.make_base();
+    let plain = bench.refused("seethrough df base.qcow2");
+    assert!(plain.contains("seethrough prepare"), "{plain}");
+    let plain = bench.refused("seethrough map --groups base.qcow2");
+    assert!(plain.contains("seethrough prepare"), "{plain}");
+    let ranges = bench.refused("seethrough map --output svg base.qcow2");
+    assert!(ranges.contains("add --groups"), "{ranges}");
+    bench.run("seethrough prepare base.qcow2 --reserve local=groups:6-7 --dir /local");
+    bench.run("seethrough create -b base.qcow2 --region local tom.qcow2");
+    bench.run("seethrough flatten -O raw tom.qcow2 flat.raw");
+
+    let json = |line: &str| -> Value { serde_json::from_str(&bench.run(line)).unwrap() };
+    let map = json("seethrough map --groups --output json tom.qcow2");
+    let free = |group: &Value| (group["free-blocks"].as_u64(), group["free-inodes"].as_u64());
+    let shown: Vec<_> = map["groups"].as_array().unwrap().iter().map(free).collect();
+    let numbers = |line: &str| {
+        let (blocks, rest) = line.trim().split_once(" free blocks, ")?;
+        let inodes = rest.split_once(" free inodes")?.0;
+        Some((blocks.parse().ok(), inodes.parse().ok()))
+    };
+    let stock: Vec<_> = bench
+        .run("dumpe2fs flat.raw")
+        .lines()
+        .filter_map(numbers)
+        .collect();
+    assert_eq!(shown, stock);
+    let own: Vec<usize> = (0..8)
+        .filter(|group| map["groups"][group]["own"] == true)
+        .collect();
+    assert_eq!(own, [6, 7]);
+
+    let text = bench.run("seethrough map --groups tom.qcow2");
+    assert!(text.contains("  A  region local, own: 2 groups"), "{text}");
+    let picture = bench.run("seethrough map --groups --output svg base.qcow2");
+    assert!(picture.starts_with("<svg ") && picture.contains("region local"));
+
+    let df = json("seethrough df --output json base.qcow2 tom.qcow2");
+    let regions = json("seethrough regions --output json tom.qcow2");
+    let room = &regions[0]["regions"][0];
+    for vm in [&df[0], &df[1]] {
+        assert_eq!(vm["regions"][0]["free"], room["free"]);
+    }
+    // A child that may take less than it has: blocks are kept back.
+    assert_eq!(df[1]["free-inodes"], room["free-inodes"]);
+    assert!(df[1]["available"].as_u64() < room["free"].as_u64());
+    let host = fs::metadata(bench.path("tom.qcow2")).unwrap().blocks() * 512;
+    assert_eq!(df[1]["allocation"], host);
+    let text = bench.run("seethrough df base.qcow2 tom.qcow2");
+    assert_eq!(text.lines().count(), 5, "{text}");
 }

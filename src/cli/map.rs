@@ -1,17 +1,21 @@
-//! `seethrough map`: what holds each range of a disk, in the words and JSON fields of `qemu-img map`.
+//! `seethrough map`: what holds each range of a disk, in the words and JSON fields of `qemu-img map`; with `--groups`, who
+//! writes each block group of a shared filesystem.
 
 use std::fmt::Write;
 use std::path::PathBuf;
 
+use super::group_map::{Document, Shown};
 use super::options::{parse_format, parse_size};
-use super::output::{self, OutputFormat};
+use super::output;
 use super::tool::{Sharing, open, reading};
 use crate::chain::format::Format;
-use crate::error::{Error, ErrorKind, Result};
+use crate::chain::registry::OpenImage;
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::Access;
 use crate::jobs::map::{MapEntry, map};
 use crate::storage::CacheMode;
 use crate::sys::block_on;
+use crate::view::declared::Declared;
 
 /// How much is printed at a time, in bytes.
 const CHUNK: usize = 64 << 10;
@@ -23,16 +27,20 @@ pub struct Map {
     #[arg(short = 'f', value_name = "FORMAT", value_parser = parse_format)]
     format: Option<Format>,
 
-    /// How to print: for people, only what is not known to be zeros
-    #[arg(long, value_enum, default_value_t = OutputFormat::Human)]
-    output: OutputFormat,
+    /// How to print: for people, of ranges only what is not known to be zeros
+    #[arg(long, value_enum, default_value_t = MapFormat::Human)]
+    output: MapFormat,
+
+    /// Show who writes each block group of a base or a child, and how full it is
+    #[arg(long)]
+    groups: bool,
 
     /// Where on the disk to begin
-    #[arg(long, value_name = "OFFSET", value_parser = parse_size, default_value = "0")]
+    #[arg(long, value_name = "OFFSET", value_parser = parse_size, default_value = "0", conflicts_with = "groups")]
     start_offset: u64,
 
     /// How far to go on, in bytes [default: to the disk's end]
-    #[arg(long, value_name = "LENGTH", value_parser = parse_size)]
+    #[arg(long, value_name = "LENGTH", value_parser = parse_size, conflicts_with = "groups")]
     max_length: Option<u64>,
 
     #[command(flatten)]
@@ -43,16 +51,33 @@ pub struct Map {
     file: PathBuf,
 }
 
+/// How a map is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum MapFormat {
+    /// For people
+    Human,
+    /// For programs
+    Json,
+    /// As a picture, of block groups
+    Svg,
+}
+
 impl Map {
     /// Prints the map.
     ///
     /// # Errors
     /// Those of opening the image and of [`map`]; [`ErrorKind::Unsupported`] for compressed data in a map for
-    /// people.
+    /// people; [`ErrorKind::InvalidConfig`] for groups of an image that declares no regions.
     pub fn run(self) -> Result<()> {
         block_on(async {
             let registry = reading(self.sharing, CacheMode::Writeback);
             let disk = open(&registry, &self.file, self.format, Access::ReadOnly).await?;
+            if self.groups {
+                return self.show_groups(&disk).await;
+            }
+            if self.output == MapFormat::Svg {
+                return Err(invalid("only block groups are drawn: add --groups"));
+            }
             let start = self.start_offset;
             let end = self
                 .max_length
@@ -62,22 +87,47 @@ impl Map {
             lines.finish()
         })
     }
+
+    async fn show_groups(&self, disk: &OpenImage) -> Result<()> {
+        let declared = Declared::of(disk)?.ok_or_else(|| {
+            invalid(format!(
+                "{} declares no region: reserve one with `seethrough prepare`",
+                self.file.display()
+            ))
+        })?;
+        let map = declared.group_map().await.context(|| self.file.display().to_string())?;
+        let filename = self.file.display().to_string();
+        let shown = Shown {
+            filename: &filename,
+            is_child: declared.is_child(),
+            map: &map,
+        };
+        match self.output {
+            MapFormat::Human => output::print(&shown.text()),
+            MapFormat::Json => output::print(&output::json(&Document::of(&shown))?),
+            MapFormat::Svg => output::print(&shown.svg()),
+        }
+    }
+}
+
+fn invalid(what: impl Into<Box<str>>) -> Error {
+    Error::new(ErrorKind::InvalidConfig, what)
 }
 
 /// The lines to print.
 struct Lines {
-    format: OutputFormat,
+    format: MapFormat,
     text: String,
     is_first: bool,
 }
 
 impl Lines {
-    fn new(format: OutputFormat) -> Self {
+    fn new(format: MapFormat) -> Self {
         let text = match format {
-            OutputFormat::Human => {
+            MapFormat::Human | MapFormat::Svg => {
                 format!("{:<16}{:<16}{:<16}File\n", "Offset", "Length", "Mapped to")
             }
-            OutputFormat::Json => "[".to_owned(),
+            MapFormat::Json => "[".to_owned(),
         };
         Self {
             format,
@@ -88,8 +138,8 @@ impl Lines {
 
     fn show(&mut self, entry: &MapEntry) -> Result<()> {
         match self.format {
-            OutputFormat::Human => self.show_human(entry)?,
-            OutputFormat::Json => {
+            MapFormat::Human | MapFormat::Svg => self.show_human(entry)?,
+            MapFormat::Json => {
                 if !std::mem::take(&mut self.is_first) {
                     self.text.push_str(",\n");
                 }
@@ -128,7 +178,7 @@ impl Lines {
     }
 
     fn finish(mut self) -> Result<()> {
-        if self.format == OutputFormat::Json {
+        if self.format == MapFormat::Json {
             self.text.push_str("]\n");
         }
         output::print(&self.text)
@@ -187,7 +237,7 @@ mod tests {
 
     #[test]
     fn people_see_where_data_lies_and_nothing_of_zeros() {
-        let mut lines = Lines::new(OutputFormat::Human);
+        let mut lines = Lines::new(MapFormat::Human);
         lines.show(&entry()).unwrap();
         let zero = MapEntry {
             zero: true,
@@ -207,7 +257,7 @@ mod tests {
 
     #[test]
     fn programs_get_the_fields_of_qemu_img() {
-        let mut lines = Lines::new(OutputFormat::Json);
+        let mut lines = Lines::new(MapFormat::Json);
         lines.show(&entry()).unwrap();
         let unplaced = MapEntry {
             place: None,

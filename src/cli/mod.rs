@@ -11,6 +11,8 @@ mod creation_options;
 mod disks;
 mod dump_text;
 mod figures;
+mod group_map;
+mod group_picture;
 pub mod options;
 pub mod output;
 mod prepare_plan;
@@ -78,7 +80,7 @@ verbs! {
     Info in info;
     /// Check an image for errors in its metadata
     Check in check;
-    /// Show what holds each range of a disk
+    /// Show what holds each range of a disk, or who writes each block group
     Map in map;
     /// Give an overlay another backing image
     Rebase in rebase;
@@ -106,6 +108,8 @@ verbs! {
     Refusals in refusals;
     /// Reserve parts of a base for its children
     Prepare in prepare;
+    /// Show how full bases and children are
+    Df in df;
     /// Show which regions there are, whose they are and how full
     Regions in regions;
     /// Make a standalone image of a child

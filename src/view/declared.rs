@@ -196,10 +196,10 @@ const UNLOCKED: HostOptions = HostOptions {
 
 /// An open image that declares regions, and its base: the image itself, or what lies behind a child.
 pub struct Declared {
-    own: Arc<dyn Image>,
-    base: Arc<dyn Image>,
-    declaration: BaseDeclaration,
-    child: Option<ChildDeclaration>,
+    pub(super) own: Arc<dyn Image>,
+    pub(super) base: Arc<dyn Image>,
+    pub(super) declaration: BaseDeclaration,
+    pub(super) child: Option<ChildDeclaration>,
 }
 
 impl Declared {

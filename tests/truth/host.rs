@@ -16,7 +16,9 @@ use seethrough::chain::registry::{DiskRequest, OpenImage, Registry};
 use seethrough::image::{Access, Image};
 use seethrough::sys::{IoBuf, block_on};
 use seethrough::units::GuestOffset;
-use seethrough::view::declared::{Views, merged_of};
+use seethrough::view::declared::{Declared, Views, merged_of};
+use seethrough::view::group_map::GroupMap;
+use seethrough::view::room::Room;
 
 use crate::engine::{Allowed, check, run};
 
@@ -112,6 +114,17 @@ impl Host {
         }
     }
 
+    /// How full every image is, and who has what in it, as the tools tell; the base's first.
+    pub(crate) fn rooms(&self) -> Vec<(Room, GroupMap)> {
+        let disks = self.open(Access::ReadOnly);
+        let look = |disk: &OpenImage| {
+            let declared = Declared::of(disk).unwrap().unwrap();
+            let room = block_on(declared.room()).unwrap();
+            (room, block_on(declared.group_map()).unwrap())
+        };
+        disks.iter().map(look).collect()
+    }
+
     fn open(&self, access: Access) -> Vec<OpenImage> {
         let mut requests = vec![self.request(&self.base(), self.recipe.format, access)];
         for child in &self.children {
@@ -125,7 +138,7 @@ impl Host {
     pub(crate) fn serve(&self) -> Vec<Arc<dyn Image>> {
         let mut family = Views::default();
         let disks = self.open(Access::ReadWrite);
-        let view = |disk: &OpenImage| block_on(family.view_of("vm", disk)).unwrap();
+        let view = |disk: &OpenImage| block_on(family.view_of("vm", disk)).unwrap().image();
         disks.iter().map(view).collect()
     }
 

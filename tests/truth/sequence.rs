@@ -8,11 +8,13 @@ use std::sync::Arc;
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use rustix::fs::StatVfs;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
 };
 use seethrough::image::Image;
 use seethrough::sys::block_on;
+use seethrough::view::room::Room;
 
 use crate::fuse::Disks;
 use crate::host::{Host, Recipe, some_regions, succeed};
@@ -274,7 +276,12 @@ impl Sequence {
             return;
         }
         if self.vms[BASE].is_mounted {
-            self.sync(BASE);
+            if self.recipe.has_journal && self.rng.random_range(0..3) != 0 {
+                self.vms[BASE].commit(&mut self.log);
+                self.epoch += 1;
+            } else {
+                self.sync(BASE);
+            }
         } else if self.vms[BASE].has_crashed {
             return;
         }
@@ -315,13 +322,19 @@ impl Sequence {
 
     /// Unmounts everything, stops the daemon, and holds all images to the stock tools and to the models.
     fn finish(&mut self) {
+        let mut told = Vec::new();
         for vm in 0..self.vms.len() {
             self.mount(vm);
+            told.push(self.vms[vm].statfs());
             self.vms[vm].unmount(&mut self.log);
         }
         self.disks.sockets.pause().fill(None);
         self.close();
         let merged = self.host.assert_true();
+        let rooms = self.host.rooms();
+        for (vm, (told, (room, _))) in told.iter().zip(&rooms).enumerate() {
+            assert_told(vm, told, room);
+        }
         let flat = self.directory.join("flat");
         fs::create_dir(&flat).unwrap();
         for (disk, vm) in merged.iter().zip(&self.vms[1..]) {
@@ -336,6 +349,18 @@ impl Sequence {
                     flat.to_str().unwrap(),
                 ],
             );
+            let (_, map) = &rooms[vm.number];
+            let free = map
+                .groups
+                .iter()
+                .map(|group| group.blocks.total - group.blocks.used);
+            let told = rustix::fs::statvfs(&flat).unwrap();
+            assert_eq!(
+                free.sum::<u64>(),
+                told.f_bfree,
+                "vm {} merged with its base",
+                vm.number
+            );
             for home in self.vms[BASE].homes.iter().chain(&vm.homes) {
                 let found = Tree::read(&flat.join(&home.path), &home.except).unwrap();
                 if let Some(text) = home.tree.difference(&found) {
@@ -345,4 +370,17 @@ impl Sequence {
             unmount_disk(&flat);
         }
     }
+}
+
+/// What `df` says of a VM's image is what the VM's kernel told its programs.
+fn assert_told(vm: usize, told: &StatVfs, room: &Room) {
+    let statfs = room.statfs.unwrap();
+    let said = (statfs.blocks, statfs.free_blocks, statfs.available_blocks);
+    assert_eq!(
+        said,
+        (told.f_blocks, told.f_bfree, told.f_bavail),
+        "blocks of vm {vm}"
+    );
+    let said = (u64::from(statfs.inodes), u64::from(statfs.free_inodes));
+    assert_eq!(said, (told.f_files, told.f_ffree), "inodes of vm {vm}");
 }

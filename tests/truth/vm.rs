@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rand::rngs::StdRng;
 use rand::{Rng, RngExt};
+use rustix::fs::StatVfs;
 
 use crate::engine::run;
 use crate::host::{REGIONS, succeed};
@@ -166,6 +167,28 @@ impl Vm {
         for home in &mut self.homes {
             home.tree.sync();
         }
+    }
+
+    /// Has everything committed, which need not bring metadata to its place as a sync of the filesystem does.
+    pub(crate) fn commit(&mut self, log: &mut Vec<String>) {
+        log.push(format!("vm {}: fsync of everything", self.number));
+        for home in &mut self.homes {
+            for path in home.tree.paths() {
+                let real = self.mountpoint.join(&home.path).join(path);
+                if !real.is_symlink() {
+                    File::open(real).unwrap().sync_all().unwrap();
+                }
+            }
+            home.tree.sync();
+        }
+        File::open(&self.mountpoint).unwrap().sync_all().unwrap();
+    }
+
+    /// How full its filesystem is, as its programs are told once everything is stored.
+    pub(crate) fn statfs(&mut self) -> StatVfs {
+        self.held.clear();
+        rustix::fs::syncfs(File::open(&self.mountpoint).unwrap()).unwrap();
+        rustix::fs::statvfs(&self.mountpoint).unwrap()
     }
 
     /// Gives back what is free.
