@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::process::Command;
 
 const VERBS: &[&str] = &[
-    "serve", "status", "refusals", "prepare", "create", "flatten", "info", "map", "convert",
-    "serve", "status", "prepare", "create", "regions", "df", "flatten", "info", "map", "convert",
-    "snapshot", "resize", "check", "measure", "compare", "rebase", "dump", "commit", "bench",
+    "serve", "status", "refusals", "prepare", "create", "regions", "df", "flatten", "info", "map",
+    "convert", "snapshot", "resize", "check", "measure", "compare", "rebase", "dump", "commit",
+    "bench",
 ];
 
 fn help(verb: &str) -> String {

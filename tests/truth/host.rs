@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
+use rand::RngExt;
 use rand::rngs::StdRng;
-use rand::{Rng, RngExt};
 use seethrough::chain::format::Format;
 use seethrough::chain::host::HostOptions;
 use seethrough::chain::registry::{DiskRequest, OpenImage, Registry};
@@ -242,6 +242,6 @@ fn assert_clean(path: &Path) {
 pub(crate) fn some_regions(rng: &mut StdRng) -> Vec<&'static str> {
     match rng.random_range(0..4) {
         0 => REGIONS.to_vec(),
-        _ => vec![REGIONS[usize::from(rng.next_u32() % 2 == 0)]],
+        _ => vec![REGIONS[rng.random_range(0..REGIONS.len())]],
     }
 }

@@ -4,8 +4,8 @@ use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use rand::RngExt;
 use rand::rngs::StdRng;
-use rand::{Rng, RngExt};
 use rustix::fs::StatVfs;
 
 use crate::engine::run;
@@ -155,7 +155,7 @@ impl Vm {
 
     /// As the base's VM: tries to change a directory that is the children's.
     pub(crate) fn trespass_in_region(&self, rng: &mut StdRng) {
-        let region = REGIONS[usize::from(rng.next_u32() % 2 == 0)];
+        let region = REGIONS[rng.random_range(0..REGIONS.len())];
         trespass_in(&self.mountpoint.join(region), &self.mountpoint, rng);
     }
 
