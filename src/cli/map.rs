@@ -1,5 +1,5 @@
-//! `seethrough map`: what holds each range of a disk, in the words and JSON fields of `qemu-img map`; with `--groups`, who
-//! writes each block group of a shared filesystem.
+//! `seethrough map`: what holds each range of a disk, in the words and JSON fields of `qemu-img map`; with `--groups`,
+//! who writes each block group of a shared filesystem.
 
 use std::fmt::Write;
 use std::path::PathBuf;

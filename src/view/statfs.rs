@@ -1,5 +1,5 @@
-//! What a guest is told when it asks how full its filesystem is (`statfs`, and so `df`), worked out from what its kernel
-//! reads.
+//! What a guest is told when it asks how full its filesystem is (`statfs`, and so `df`), worked out from what its
+//! kernel reads.
 //!
 //! The size leaves out the filesystem's own structures. Free is what the descriptors of all groups say: of foreign
 //! groups, nothing. Of that the blocks kept for root are not available, nor the few that Linux keeps
