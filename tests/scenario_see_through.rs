@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::oracle::Ext4;
+use common::oracle::{Ext4, Tolerated};
 use common::{Family, Filesystem, Guest, guests_available};
 
 /// Writes files of many sizes, with contents that tell who wrote them.
@@ -34,6 +34,56 @@ fn has_files(place: &str, author: &str, count: usize) -> String {
 
 fn remount(family: &Family, guest: &mut Guest) {
     guest.ok(&format!("umount /mnt && {}", family.mount()));
+}
+
+/// A child that is served with refresh=on-mount sees one moment of its base for as long as it is mounted, whatever the
+/// base does and whatever it drops from its caches; the next mount, or a command, shows it the present.
+#[test]
+fn a_view_that_is_refreshed_on_mount_stays_while_it_is_mounted() {
+    if !guests_available() {
+        return;
+    }
+    let mut family = Family::base_and_tom(Filesystem::BLOCKS_4K);
+    let control = family.path("control.sock").display().to_string();
+    family.serve_with(
+        &[("base", ""), ("tom", ",refresh=on-mount")],
+        &["--control-socket", &control],
+    );
+    let publish = |base: &mut Guest, word: &str| {
+        base.ok(&format!(
+            "yes {word} | head -c 300000 > /mnt/state && touch /mnt/{word} && sync"
+        ));
+    };
+    let sees = |tom: &mut Guest, word: &str, not: &str| {
+        tom.ok(&format!(
+            "echo 3 > /proc/sys/vm/drop_caches; yes {word} | head -c 300000 | cmp - /mnt/state && \
+             [ -e /mnt/{word} ] && [ ! -e /mnt/{not} ]"
+        ));
+    };
+    let mut base = family.boot_mounted("base");
+    publish(&mut base, "first");
+    let mut tom = family.boot_mounted("tom");
+    sees(&mut tom, "first", "second");
+    publish(&mut base, "second");
+    tom.ok(&write_files("/mnt/local/own", "tom", 10));
+    sees(&mut tom, "first", "second");
+    remount(&family, &mut tom);
+    sees(&mut tom, "second", "third");
+    tom.ok(&has_files("/mnt/local/own", "tom", 10));
+
+    tom.ok("umount /mnt");
+    publish(&mut base, "third");
+    let said = family.seethrough_ok(&["refresh", "--control-socket", &control, "tom"]);
+    assert!(said.contains("as it is now"), "{said}");
+    tom.ok(&family.mount());
+    sees(&mut tom, "third", "fourth");
+    tom.shutdown();
+    base.shutdown();
+    family.stop();
+    let left = family.seethrough_ok(&["snapshot", "-l", "base.qcow2"]);
+    assert!(!left.contains("seethrough-pin"), "{left}");
+    family.check_images(Tolerated::Nothing);
+    family.check_filesystems();
 }
 
 /// Which inode owns a block, by `debugfs`; `None` when the block is free.

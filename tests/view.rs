@@ -15,6 +15,8 @@ mod file_search;
 mod journal;
 #[path = "view/overlay.rs"]
 mod overlay;
+#[path = "view/refresh.rs"]
+mod refresh;
 #[path = "view/shared.rs"]
 mod shared;
 

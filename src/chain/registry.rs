@@ -12,7 +12,7 @@
 use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 
 use async_lock::Mutex;
 
@@ -23,9 +23,9 @@ use super::host::{HostOptions, open_file};
 use super::inspect::{Unnamed, check_depth, detect, read_header};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::{Access, Image, RawImage, ReadOnlyImage};
-use crate::qcow2::Qcow2;
 use crate::qcow2::cache_budget::{CacheBudget, CacheSize};
 use crate::qcow2::header::Header;
+use crate::qcow2::{OnlineQcow2, Qcow2};
 use crate::storage::{FileStorage, Storage};
 use crate::sys::FileId;
 
@@ -75,6 +75,8 @@ pub struct Registry {
     /// The memory that the metadata caches of all images share.
     metadata: Arc<CacheBudget>,
     open: Mutex<Open>,
+    /// Files of which snapshots are going to be taken while they are open.
+    with_snapshots: std::sync::Mutex<HashSet<FileId>>,
 }
 
 /// A file of a chain that is about to be opened as an image.
@@ -101,7 +103,25 @@ impl Registry {
             options,
             metadata: CacheBudget::new(size),
             open: Mutex::default(),
+            with_snapshots: std::sync::Mutex::default(),
         }
+    }
+
+    /// Says that snapshots are going to be taken of the image at `path` while it is open. A qcow2 image that is opened
+    /// for writing after that is an [`OnlineQcow2`].
+    ///
+    /// # Errors
+    /// As [`file_id`].
+    pub fn expect_snapshots(&self, path: &Path) -> Result<()> {
+        let id = file_id(path)?;
+        self.lock_with_snapshots().insert(id);
+        Ok(())
+    }
+
+    fn lock_with_snapshots(&self) -> std::sync::MutexGuard<'_, HashSet<FileId>> {
+        self.with_snapshots
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Opens one disk with its backing chain.
@@ -139,7 +159,7 @@ impl Registry {
         open.retain(|_, (image, _)| image.strong_count() > 0);
         let (mut layers, mut below) = self.descend(open, writable, request).await?;
         while let Some(layer) = layers.pop() {
-            below = Some(build(open, layer, below, &self.metadata).await?);
+            below = Some(self.build(open, layer, below).await?);
         }
         let disk = below
             .ok_or_else(|| Error::new(ErrorKind::InvalidConfig, "a disk without any image"))?;
@@ -221,6 +241,51 @@ impl Registry {
     }
 }
 
+impl Registry {
+    /// Makes an image of an open file, and enters it in the registry.
+    async fn build(
+        &self,
+        open: &mut Open,
+        layer: Layer,
+        below: Option<OpenImage>,
+    ) -> Result<OpenImage> {
+        let id = layer.storage.id();
+        let (backing_image, backing_source) = below.map_or((None, None), |below| {
+            (Some(below.image), Some(below.source))
+        });
+        let storage = Arc::new(layer.storage);
+        let image: Arc<dyn Image> = match layer.format {
+            Format::Raw => Arc::new(RawImage::new(storage, layer.access)),
+            Format::Qcow2 => {
+                let opened = Qcow2::open_sharing(
+                    storage,
+                    layer.data,
+                    backing_image,
+                    layer.access,
+                    &self.metadata,
+                );
+                let opened = opened.await?;
+                let has_snapshots = self.lock_with_snapshots().contains(&id);
+                if has_snapshots && layer.access == Access::ReadWrite {
+                    Arc::new(OnlineQcow2::new(opened))
+                } else {
+                    Arc::new(opened)
+                }
+            }
+        };
+        let source = Arc::new(Source {
+            path: layer.path,
+            id,
+            format: layer.format,
+            access: layer.access,
+            header: layer.header,
+            backing: backing_source,
+        });
+        open.insert(id, (Arc::downgrade(&image), Arc::clone(&source)));
+        Ok(OpenImage { image, source })
+    }
+}
+
 impl Layer {
     fn backing(&self) -> Result<Option<Backing>> {
         match &self.header {
@@ -297,38 +362,6 @@ pub fn file_id(path: &Path) -> Result<FileId> {
             inode: metadata.ino(),
         }
     })
-}
-
-/// Makes an image of an open file, and enters it in the registry.
-async fn build(
-    open: &mut Open,
-    layer: Layer,
-    below: Option<OpenImage>,
-    metadata: &Arc<CacheBudget>,
-) -> Result<OpenImage> {
-    let id = layer.storage.id();
-    let (backing_image, backing_source) = below.map_or((None, None), |below| {
-        (Some(below.image), Some(below.source))
-    });
-    let storage = Arc::new(layer.storage);
-    let image: Arc<dyn Image> = match layer.format {
-        Format::Raw => Arc::new(RawImage::new(storage, layer.access)),
-        Format::Qcow2 => {
-            let opened =
-                Qcow2::open_sharing(storage, layer.data, backing_image, layer.access, metadata);
-            Arc::new(opened.await?)
-        }
-    };
-    let source = Arc::new(Source {
-        path: layer.path,
-        id,
-        format: layer.format,
-        access: layer.access,
-        header: layer.header,
-        backing: backing_source,
-    });
-    open.insert(id, (Arc::downgrade(&image), Arc::clone(&source)));
-    Ok(OpenImage { image, source })
 }
 
 fn contains_itself(path: &Path) -> Error {

@@ -11,6 +11,7 @@ use crate::qcow2::cache_budget::CacheSize;
 use crate::storage::CacheMode;
 use crate::sys::block_on;
 use crate::view::declared::{Served, Views, bases_to_write};
+use crate::view::refresh::base_to_pin;
 
 /// A VM's disk.
 pub(super) struct Disk {
@@ -34,11 +35,17 @@ pub(super) fn open_disks(
     let mut requests: Vec<DiskRequest> = vms.iter().map(request).collect();
     block_on(async {
         requests.extend(bases_to_write(&requests).await?);
+        for vm in vms {
+            if let Some(base) = base_to_pin(&request(vm), vm.refresh).await? {
+                registry.expect_snapshots(&base.path)?;
+                requests.push(base);
+            }
+        }
         let disks = registry.open_family(&requests).await?;
         let mut family = Views::default();
         let mut views = Vec::with_capacity(disks.len());
         for (vm, disk) in vms.iter().zip(&disks) {
-            let served = family.view_of(&vm.name, disk).await;
+            let served = family.view_of(&vm.name, disk, vm.refresh).await;
             views.push(Disk {
                 served: served.context(|| format!("vm {}", vm.name))?,
                 images: chain_of(&disk.source),

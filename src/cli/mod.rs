@@ -106,6 +106,8 @@ verbs! {
     Status in status;
     /// Show which writes were refused, and whose files they were aimed at
     Refusals in refusals;
+    /// Show a child its base as it is now
+    Refresh in refresh;
     /// Reserve parts of a base for its children
     Prepare in prepare;
     /// Show how full bases and children are

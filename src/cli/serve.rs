@@ -18,6 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::cache_budget::CacheSize;
 use crate::storage::CacheMode;
 use crate::sys::{share_freed_memory, take_inherited_fd};
+use crate::view::refresh::Policy;
 use crate::vhost_user::{Audience, Endpoint, Listener, MAX_QUEUES, Server, Vm};
 
 /// The option that asks what the program can do, whatever else is on the command line.
@@ -49,7 +50,7 @@ pub struct Serve {
     blk_file: Option<PathBuf>,
 
     /// A VM: name=NAME,image=PATH,socket=PATH[,format=raw|qcow2][,readonly=on][,serial=TEXT][,num-queues=N]
-    /// [,queue-size=N]; may be repeated
+    /// [,queue-size=N][,refresh=live|on-mount|manual]; may be repeated
     #[arg(long, value_name = "KEY=VALUE,…")]
     vm: Vec<String>,
 
@@ -69,6 +70,11 @@ pub struct Serve {
     /// The serial of --blk-file that the guest reads, up to 20 bytes [default: its name]
     #[arg(long, value_name = "TEXT", requires = "blk_file")]
     serial: Option<String>,
+
+    /// When --blk-file, a child, sees what its base has written: at once (live), when it mounts (on-mount), or when it
+    /// is told to (manual)
+    #[arg(long, value_name = "POLICY", default_value = "live", requires = "blk_file")]
+    refresh: Policy,
 
     /// Queues to offer per disk, 1 to 64 [default: the number of CPUs, but at least 16]
     #[arg(long, value_name = "N")]
@@ -192,6 +198,7 @@ impl Serve {
                 serial: self.serial.clone(),
                 num_queues: None,
                 queue_size: None,
+                refresh: self.refresh,
             }]);
         }
         let mut vms = Vec::new();

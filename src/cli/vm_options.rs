@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::options::{parse_key_values, parse_switch};
 use crate::chain::format::Format;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::view::refresh::Policy;
 use crate::virtio_blk::ID_LEN;
 
 /// One VM's disk, as asked for; what is missing follows the daemon's defaults.
@@ -32,6 +33,14 @@ pub struct VmOptions {
     pub num_queues: Option<u16>,
     /// Entries of each virtqueue.
     pub queue_size: Option<u16>,
+    /// When a child sees what its base has written.
+    #[serde(default, deserialize_with = "policy_from_name")]
+    pub refresh: Policy,
+}
+
+fn policy_from_name<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Policy, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    name.parse().map_err(serde::de::Error::custom)
 }
 
 fn format_from_name<'de, D: serde::Deserializer<'de>>(
@@ -81,10 +90,11 @@ impl VmOptions {
             "serial" => self.serial = Some(value),
             "num-queues" => self.num_queues = Some(number(key, &value)?),
             "queue-size" => self.queue_size = Some(number(key, &value)?),
+            "refresh" => self.refresh = value.parse()?,
             _ => {
                 return Err(invalid(format!(
-                    "'{}' is no key of --vm: the keys are name, image, socket, format, readonly, serial, num-queues \
-                     and queue-size",
+                    "'{}' is no key of --vm: the keys are name, image, socket, format, readonly, serial, \
+                     num-queues, queue-size and refresh",
                     key.escape_debug()
                 )));
             }
@@ -180,13 +190,14 @@ mod tests {
             serial: Some("disk, first".to_owned()),
             num_queues: Some(4),
             queue_size: Some(128),
+            refresh: Policy::OnMount,
         }
     }
 
     #[test]
     fn the_command_line_and_the_file_say_the_same() {
         let list = "name=tom,image=tom.qcow2,socket=tom.sock,format=qcow2,readonly=on,serial=disk,, first,\
-                    num-queues=4,queue-size=128";
+                    num-queues=4,queue-size=128,refresh=on-mount";
         assert_eq!(VmOptions::parse(list).unwrap(), tom());
 
         let dir = tempfile::tempdir().unwrap();
@@ -201,6 +212,7 @@ mod tests {
             serial = "disk, first"
             num-queues = 4
             queue-size = 128
+            refresh = "on-mount"
 
             [[vm]]
             name = "base"

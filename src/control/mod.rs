@@ -28,12 +28,14 @@
 
 mod client;
 mod daemon;
+mod refresh;
 mod refusals;
 mod server;
 mod status;
 
 pub use client::call;
 pub use daemon::{Daemon, Served};
+pub use refresh::{Refresh, RefreshReport};
 pub use refusals::{KindCount, RefusalReport, Refusals, RefusedWrite, TargetFile, VmRefusals};
 pub use server::ControlSocket;
 pub use status::{Role, Status, StatusReport, VmStatus};
@@ -91,6 +93,7 @@ macro_rules! commands {
 }
 
 commands! {
+    refresh::Refresh,
     status::Status,
     refusals::Refusals,
 }

@@ -87,7 +87,7 @@ enum Tag {
 }
 
 /// Neighbouring blocks that are the same structure, of one group or of groups that follow each other.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Run {
     start: u64,
     end: u64,
@@ -109,7 +109,7 @@ pub struct InternalFiles<'a> {
 }
 
 /// Where everything is in a filesystem.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     blocks_count: u64,
     first_data_block: u64,

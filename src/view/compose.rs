@@ -64,6 +64,11 @@ impl View {
                 Ok(())
             }
             Composed::Superblock | Composed::Descriptors(_) => {
+                if what == Composed::Superblock
+                    && let Some(refresher) = &self.refresher
+                {
+                    refresher.before_superblock_read().await;
+                }
                 let block = filesystem.block_at(piece.at);
                 // What is stored and what is hidden of it move together.
                 let _settled = match what {

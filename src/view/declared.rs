@@ -3,7 +3,7 @@
 //! A qcow2 image carries its declaration in a header extension, so that it describes itself wherever it is copied.
 //! A raw base has no room for one: it lies beside it, in a file with its name and `.seethrough` behind it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -18,6 +18,7 @@ use super::lease::{Claimant, Keeper, check_settled};
 use super::merged::Merged;
 use super::open::{SharedBase, child_territory, open_base_through, open_holder};
 use super::probe::Probe;
+use super::refresh::{PinName, Policy, follow};
 use super::region_change;
 use super::regions::{Place, RegionUse, usage};
 use crate::chain::backing::Backing;
@@ -28,6 +29,7 @@ use crate::chain::registry::{DiskRequest, OpenImage, Source};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::{Access, Image, ImageFuture, ReadOnlyImage};
 use crate::jobs::convert::as_qcow2;
+use crate::qcow2::OnlineQcow2;
 use crate::qcow2::header::Header;
 use crate::qcow2::header_extension::SEETHROUGH_EXTENSION;
 use crate::qcow2::header_update::set_extension;
@@ -38,6 +40,8 @@ use crate::sys::FileId;
 #[derive(Default)]
 pub struct Views {
     bases: HashMap<FileId, Arc<SharedBase>>,
+    /// The children that do not see their bases live, by their first pins.
+    pinned: HashSet<PinName>,
 }
 
 /// What a VM is served.
@@ -69,12 +73,23 @@ impl Served {
 }
 
 impl Views {
-    /// What a VM is served: its view of a shared disk, or the image as it is if it shares nothing.
+    /// What a VM is served: its view of a shared disk, or the image as it is if it shares nothing. A child's view of
+    /// its base moves as `policy` says.
     ///
     /// # Errors
     /// If a declaration cannot be read, or does not fit the disk: nothing is served then.
-    pub async fn view_of(&mut self, vm: &str, disk: &OpenImage) -> Result<Served> {
-        match declaration_of(&disk.source)? {
+    pub async fn view_of(&mut self, vm: &str, disk: &OpenImage, policy: Policy) -> Result<Served> {
+        let declaration = declaration_of(&disk.source)?;
+        if policy != Policy::Live && !matches!(declaration, Some(Declaration::Child(_))) {
+            return Err(Error::new(
+                ErrorKind::InvalidConfig,
+                format!(
+                    "refresh={policy} is for children, and {} is none: leave it out",
+                    disk.source.path.display()
+                ),
+            ));
+        }
+        match declaration {
             None => Ok(Served::Alone(Arc::clone(&disk.image))),
             Some(Declaration::Base(declaration)) => {
                 let image = Arc::clone(&disk.image);
@@ -85,13 +100,17 @@ impl Views {
             }
             Some(Declaration::Child(child)) => {
                 let (source, image, declaration) = base_of(disk)?;
-                let base = self.shared(source, image, declaration).await?;
+                let stored = Arc::clone(&image);
+                let base = self.shared(source, stored, declaration.clone());
+                let base = base.await?;
                 let overlay = Arc::clone(&disk.image);
                 let claimant = Claimant {
                     name: file_name(&disk.source.path),
                     keeper: Arc::new(InImage::new(&disk.source, Arc::clone(&overlay))),
                 };
                 let view = open_holder(vm, overlay, &child, &base, &claimant).await?;
+                let base = (source, image, declaration);
+                let view = follow(vm, view, policy, disk, base, &mut self.pinned).await?;
                 Ok(Served::Shared(Arc::new(view)))
             }
         }
@@ -147,6 +166,10 @@ impl Keeper for InImage {
     fn keep<'a>(&'a self, declaration: &'a Declaration) -> ImageFuture<'a> {
         Box::pin(async move {
             let bytes = declaration.to_bytes()?;
+            let any: &dyn std::any::Any = &*self.image;
+            if let Some(online) = any.downcast_ref::<OnlineQcow2>() {
+                return online.set_extension(SEETHROUGH_EXTENSION, &bytes).await;
+            }
             match as_qcow2(&*self.image) {
                 Some(qcow2) => qcow2.set_extension(SEETHROUGH_EXTENSION, &bytes).await,
                 None => replace_sidecar(&self.path, &bytes),
@@ -189,7 +212,7 @@ pub async fn bases_to_write(requests: &[DiskRequest]) -> Result<Vec<DiskRequest>
 }
 
 /// How a file is opened to look what it is: whatever it says is read anew once it is locked.
-const UNLOCKED: HostOptions = HostOptions {
+pub(super) const UNLOCKED: HostOptions = HostOptions {
     cache: CacheMode::Writeback,
     locking: Locking::ForceShare,
 };

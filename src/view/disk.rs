@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::journal::Committed;
 use super::lease::Holding;
 use super::ledger::Ledger;
+use super::refresh::Refresher;
 use super::refusal::{Answer, Operation, Refusal, Refusals};
 use super::route::{Piece, Pieces, Route, Treatment};
 use super::territory::{Filesystem, Side, Territory};
@@ -29,6 +30,8 @@ pub struct View {
     /// What children are shown of this disk, if it is the base's.
     committed: Option<Arc<Committed>>,
     pub(super) refusals: Arc<Refusals>,
+    /// What moves a child's view of its base, unless that is live.
+    pub(super) refresher: Option<Arc<Refresher>>,
     /// The shared blocks of `own`.
     pub(super) ledger: Arc<Ledger>,
     /// Where a child's shared regions are, if it owns any.
@@ -112,6 +115,7 @@ impl View {
             committed: stores.committed,
             territory,
             refusals,
+            refresher: None,
             ledger: stores.ledger,
             in_place: stores.in_place,
             holding: stores.holding,
@@ -299,7 +303,7 @@ impl View {
 
     /// Ends writing. Shared regions are given back if the guest has unmounted its filesystem cleanly, in which case
     /// nothing in its journal can undo what the next holder writes.
-    async fn close_stores(&self) -> Result<()> {
+    pub(super) async fn close_stores(&self) -> Result<()> {
         self.flush_stores().await?;
         if let Some(holding) = &self.holding {
             if self.is_clean().await? {
@@ -386,10 +390,7 @@ impl Image for View {
     }
 
     fn close(&self) -> ImageFuture<'_> {
-        match self.in_place {
-            Some(_) => Box::pin(self.close_stores()),
-            None => self.own.close(),
-        }
+        Box::pin(self.end_session())
     }
 
     /// A view is a whole: it says nothing about the layers below.
@@ -401,7 +402,7 @@ impl Image for View {
     }
 
     fn begin_session(&self) -> ImageFuture<'_> {
-        Box::pin(self.start_session())
+        Box::pin(self.begin_session_of_guest())
     }
 
     fn backing(&self) -> Option<&Arc<dyn Image>> {

@@ -50,6 +50,7 @@ pub mod open;
 pub mod ownership;
 pub mod prepare;
 pub mod probe;
+pub mod refresh;
 pub mod refusal;
 mod refusal_book;
 pub mod region_change;

@@ -197,7 +197,7 @@ async fn base_territory(disk: &dyn Image, declaration: &BaseDeclaration) -> Resu
 }
 
 /// The shared filesystem, of which the base's VM owns all groups that no region has.
-async fn base_filesystem(
+pub(super) async fn base_filesystem(
     disk: &dyn Image,
     declaration: &BaseDeclaration,
 ) -> Result<Option<Filesystem>> {

@@ -7,6 +7,7 @@
 
 use super::compose::{SharedBlock, put_superblock, superblock_in};
 use super::disk::{Payload, View};
+use super::refresh::Mounted;
 use super::refusal::{Answer, Operation, Refusal, Structure};
 use super::route::{Composed, Piece};
 use super::territory::{Filesystem, Side};
@@ -104,6 +105,11 @@ impl View {
             }
             _ => None,
         };
+        let refresher = self.refresher.as_ref();
+        let refresher = refresher.filter(|_| what == Composed::Superblock);
+        if let Some(refresher) = refresher {
+            refresher.begin_superblock();
+        }
         let shared = self.shared_block(filesystem, what, block).await?;
         let mut written = shared.served.clone();
         written[filesystem.within_block(piece)].copy_from_slice(bytes);
@@ -128,12 +134,14 @@ impl View {
                 store
             }
         };
-        if store == shared.stored {
-            return Ok(());
+        if store != shared.stored {
+            let at = filesystem.offset_of(block);
+            self.own.write(at, IoBuf::from_bytes(&store)).await?;
         }
-        self.own
-            .write(filesystem.offset_of(block), IoBuf::from_bytes(&store))
-            .await
+        if let Some(refresher) = refresher {
+            refresher.end_superblock(Mounted::as_told_by(&store));
+        }
+        Ok(())
     }
 
     /// Stores those of the own records that are the base's to keep. The block is locked in the base.

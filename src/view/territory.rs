@@ -192,6 +192,24 @@ impl Filesystem {
         self.probe.superblock()
     }
 
+    /// Whether `other`, found on the same disk at another time, has everything where this one has it, and written in
+    /// the same way.
+    pub(super) fn has_layout_of(&self, other: &Self) -> bool {
+        let kind = |superblock: &Superblock| {
+            (
+                superblock.uuid,
+                superblock.block_size,
+                superblock.inode_size,
+                superblock.inodes_per_group,
+                superblock.descriptor_size,
+                superblock.checksums,
+            )
+        };
+        self.layout() == other.layout()
+            && self.journal() == other.journal()
+            && kind(self.superblock()) == kind(other.superblock())
+    }
+
     /// Whether a block holds nothing but what the VM alone owns, and everything it holds means the same to all.
     pub(super) fn is_private(&self, block: FsBlock) -> bool {
         match self.layout().classify(block) {

@@ -323,18 +323,25 @@ impl Family {
 
     /// Starts the daemon for some members.
     pub fn serve_only(&mut self, members: &[&str]) {
+        let members: Vec<_> = members.iter().map(|member| (*member, "")).collect();
+        self.serve_with(&members, &[]);
+    }
+
+    /// Starts the daemon for some members, each with further keys of its own, and with further options.
+    pub fn serve_with(&mut self, members: &[(&str, &str)], options: &[&str]) {
         assert!(self.daemon.is_none(), "the family is already served");
         let mut arguments = vec![
             "serve".to_owned(),
             "--log-level".to_owned(),
             "info".to_owned(),
         ];
+        arguments.extend(options.iter().map(ToString::to_string));
         let mut sockets = Vec::new();
-        for member in members {
+        for (member, keys) in members {
             let (image, socket) = (self.image(member), self.socket(member));
             arguments.push("--vm".to_owned());
             arguments.push(format!(
-                "name={member},image={},socket={}",
+                "name={member},image={},socket={}{keys}",
                 image.display(),
                 socket.display()
             ));

@@ -336,12 +336,23 @@ pub(crate) fn can_mount() -> bool {
 
 impl<'a> Kernel<'a> {
     pub(crate) fn mount(bed: &Bed, image: &'a dyn Image, name: &str, options: &str) -> Self {
+        Self::mount_in(bed.dir.path(), bed.start, image, name, options)
+    }
+
+    /// As [`Kernel::mount`], with its files in `dir` and the filesystem at `start`.
+    pub(crate) fn mount_in(
+        dir: &Path,
+        start: u64,
+        image: &'a dyn Image,
+        name: &str,
+        options: &str,
+    ) -> Self {
         let before = dump(image);
-        let copy = bed.path(&format!("{name}.disk"));
+        let copy = dir.join(format!("{name}.disk"));
         fs::write(&copy, &before).unwrap();
-        let mount = bed.path(&format!("{name}.mnt"));
+        let mount = dir.join(format!("{name}.mnt"));
         fs::create_dir_all(&mount).unwrap();
-        let options = format!("loop,offset={},{options}", bed.start);
+        let options = format!("loop,offset={start},{options}");
         run(
             "mount",
             &[
@@ -355,7 +366,7 @@ impl<'a> Kernel<'a> {
         );
         Self {
             image,
-            start: bed.start,
+            start,
             before,
             copy,
             mount,
@@ -376,9 +387,29 @@ impl<'a> Kernel<'a> {
         self.changes()
     }
 
+    /// The same kernel while nobody serves its disk.
+    pub(crate) fn disconnected(self) -> Disconnected {
+        Disconnected {
+            start: self.start,
+            before: self.before,
+            copy: self.copy,
+            mount: self.mount,
+        }
+    }
+
+    /// The disk as the kernel saw it when it looked last.
+    pub(crate) fn seen(&self) -> &[u8] {
+        &self.before
+    }
+
     /// Has the kernel commit, and writes to the disk what has changed so far, in the order that `sort` gives it.
     pub(crate) fn commit(&mut self, sort: impl FnOnce(&mut [Changed])) -> Vec<u8> {
         self.commit_unwritten();
+        self.deliver(sort)
+    }
+
+    /// Writes to the disk what the kernel has written so far, in the order that `sort` gives it.
+    pub(crate) fn deliver(&mut self, sort: impl FnOnce(&mut [Changed])) -> Vec<u8> {
         let mut changed = self.changes();
         sort(&mut changed);
         self.write(&changed);
@@ -438,6 +469,27 @@ impl<'a> Kernel<'a> {
             block_on(self.image.write(GuestOffset(*at), IoBuf::from_bytes(bytes))).unwrap();
         }
         block_on(self.image.flush()).unwrap();
+    }
+}
+
+/// A kernel whose disk is not served.
+pub(crate) struct Disconnected {
+    start: u64,
+    before: Vec<u8>,
+    copy: PathBuf,
+    mount: PathBuf,
+}
+
+impl Disconnected {
+    /// The kernel, once its disk is served as `image`.
+    pub(crate) fn reconnected(self, image: &dyn Image) -> Kernel<'_> {
+        Kernel {
+            image,
+            start: self.start,
+            before: self.before,
+            copy: self.copy,
+            mount: self.mount,
+        }
     }
 }
 

@@ -426,3 +426,44 @@ fn log_place(shown: &[u8], stored: &[u8], block: u64, size: u64) -> u64 {
     let found = stored.chunks(size).position(|bytes| bytes == wanted);
     (found.unwrap() * size) as u64
 }
+
+/// What `dumpe2fs` says is free in the reserved groups of `recipe`, which are 6 and 7.
+fn free_in_reserved_groups(path: &Path) -> Vec<String> {
+    let text = crate::bed::run("dumpe2fs", &[path.to_str().unwrap()]);
+    let groups = text
+        .split("\nGroup ")
+        .filter(|group| group.starts_with("6:") || group.starts_with("7:"));
+    let lines = groups.flat_map(str::lines);
+    lines
+        .filter(|line| line.contains(" free blocks, "))
+        .map(|line| line.trim().to_owned())
+        .collect()
+}
+
+#[test]
+fn a_stock_e2fsck_that_replays_a_crashed_base_leaves_reserved_groups_as_they_really_are() {
+    if !can_mount() {
+        return;
+    }
+    let bed = Bed::new(&CASES[0].recipe);
+    let before = bed.path("before");
+    fs::write(&before, bed.stored()).unwrap();
+    let view = bed.base_view();
+    let mut kernel = Kernel::mount(&bed, &view, "base", CASES[0].options);
+    let mut rng = StdRng::seed_from_u64(1);
+    for _ in 0..4 {
+        use_filesystem(&kernel.mount, &mut rng);
+        kernel.commit(|_| ());
+    }
+    drop(kernel.unmount_unwritten());
+    // The log holds the base's view of the descriptors, in which the groups are full.
+    let crashed = bed.path("crashed");
+    fs::write(&crashed, bed.stored()).unwrap();
+    let (code, text) = try_run("e2fsck", &["-fy", crashed.to_str().unwrap()]);
+    assert!(matches!(code, Some(0 | 1)), "e2fsck: {text}");
+    assert!(text.contains("recovering journal"), "{text}");
+    crate::bed::assert_clean(&crashed);
+    let expected = free_in_reserved_groups(&before);
+    assert_eq!(expected.len(), 2);
+    assert_eq!(free_in_reserved_groups(&crashed), expected);
+}
