@@ -26,6 +26,7 @@
 //! locked, and reads the window under that.
 
 mod open;
+mod pace;
 mod pin;
 mod pin_name;
 mod policy;

@@ -9,7 +9,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
+use super::pace::Pace;
 use super::pin::{Pin, Pinnable};
 use super::pin_name::PinName;
 use super::policy::Policy;
@@ -63,6 +65,8 @@ pub struct Refresher {
     current: async_lock::Mutex<Option<PinName>>,
     /// What a new child is told from others by.
     identifier: String,
+    /// Locked by whoever moves the view because the guest reads its superblock.
+    pace: Arc<async_lock::Mutex<Pace>>,
 }
 
 impl Refresher {
@@ -84,6 +88,7 @@ impl Refresher {
             mounted: AtomicBool::new(true),
             current: async_lock::Mutex::new(recorded),
             identifier,
+            pace: Arc::default(),
         }
     }
 
@@ -180,30 +185,43 @@ impl Refresher {
     /// The guest is about to read its superblock: with the policy for that, moves the view before. What fails leaves
     /// the view where it is.
     pub(in crate::view) async fn before_superblock_read(self: &Arc<Self>) {
-        if self.policy != Policy::OnMount || self.may_be_mounted() || self.is_up_to_date().await {
+        if !self.is_to_move().await {
+            return;
+        }
+        let pace = self.pace.lock_arc().await;
+        // Another request may have moved it.
+        if !self.is_to_move().await {
             return;
         }
         // A request may be dropped in the middle of anything; this must not be.
-        let done = Arc::new(async_lock::Mutex::new(()));
-        let working = done.lock_arc().await;
         let refresher = Arc::clone(self);
         let thread = std::thread::Builder::new().name(format!("refresh {}", self.vm));
-        let spawned = thread.spawn(move || {
-            let _working = working;
-            if let Err(error) = block_on(refresher.refresh()) {
-                log::error!(
-                    "vm {}: it goes on seeing its base as before: {error}",
-                    refresher.vm
-                );
-            }
-        });
+        let spawned = thread.spawn(move || refresher.move_in_time(pace));
         if let Err(error) = spawned {
             log::error!(
                 "vm {}: it goes on seeing its base as before: no thread can be started: {error}",
                 self.vm
             );
         }
-        drop(done.lock().await);
+        // The thread has it until the view has moved.
+        drop(self.pace.lock().await);
+    }
+
+    async fn is_to_move(&self) -> bool {
+        self.policy == Policy::OnMount && !self.may_be_mounted() && !self.is_up_to_date().await
+    }
+
+    /// Moves the view, when it is time.
+    fn move_in_time(&self, mut pace: async_lock::MutexGuardArc<Pace>) {
+        std::thread::sleep(pace.time_left(Instant::now()));
+        let began = Instant::now();
+        if let Err(error) = block_on(self.refresh()) {
+            log::error!(
+                "vm {}: it goes on seeing its base as before: {error}",
+                self.vm
+            );
+        }
+        pace.ended(began, Instant::now());
     }
 
     /// As [`Refresher::refresh`], for a child that may have no front-end, whose filesystem is `mounted` then. One that
