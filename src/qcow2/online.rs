@@ -19,6 +19,7 @@ use std::time::SystemTime;
 use super::cache_budget::CacheBudget;
 use super::engine::Qcow2;
 use super::header::Header;
+use super::header_extension::ExtensionType;
 use super::snapshot_table::{Snapshot, printable, read_snapshots};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::{Access, Allocation, Image, ImageFuture, Limits, Mapped};
@@ -113,6 +114,15 @@ impl OnlineQcow2 {
         )
         .await
         .context(|| format!("opening snapshot '{}' of {}", printable(name), self.name()))
+    }
+
+    /// As [`Qcow2::set_extension`].
+    ///
+    /// # Errors
+    /// As [`Qcow2::set_extension`].
+    pub async fn set_extension(&self, extension_type: ExtensionType, data: &[u8]) -> Result<()> {
+        let engine = self.engine().await?;
+        engine.set_extension(extension_type, data).await
     }
 
     /// Whether nothing has been written since `snapshot` was taken, one of this image's. May say no where only

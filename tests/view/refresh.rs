@@ -22,6 +22,8 @@ use crate::bed::{Kernel, assert_clean, can_mount, dump, run};
 /// The images of a base and a child.
 struct Family {
     dir: TempDir,
+    /// How it is mounted: nothing is committed but when the test asks for it.
+    options: &'static str,
 }
 
 /// The views that a daemon serves.
@@ -34,6 +36,11 @@ impl Family {
     fn new(mke2fs: &[&str]) -> Self {
         let family = Self {
             dir: TempDir::new().unwrap(),
+            options: if mke2fs == JOURNALED {
+                "commit=600"
+            } else {
+                "noatime"
+            },
         };
         let raw = family.path("base.raw");
         fs::File::create(&raw).unwrap().set_len(64 << 20).unwrap();
@@ -104,7 +111,7 @@ impl Family {
     }
 
     fn mount<'a>(&self, view: &'a View, name: &str) -> Kernel<'a> {
-        Kernel::mount_in(self.dir.path(), 0, view, name, "commit=600")
+        Kernel::mount_in(self.dir.path(), 0, view, name, self.options)
     }
 
     /// The names of the base's snapshots.
