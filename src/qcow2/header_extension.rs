@@ -73,8 +73,8 @@ pub const VOID_EXTENSION: ExtensionType = ExtensionType(0x5ee7_b39e);
 /// one was drawn at random: no other program is known to use it.
 pub const SEETHROUGH_EXTENSION: ExtensionType = ExtensionType(0x5ee7_b39d);
 
-/// Our own extension of a child's overlay: the name of the snapshot of its base that its VM reads; empty for none. Drawn
-/// as the other one.
+/// Our own extension of a child's overlay: the name of the snapshot of its base that its VM reads; empty for none.
+/// Drawn as the other one.
 pub const PIN_EXTENSION: ExtensionType = ExtensionType(0x91c6_4e0b);
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,4 +1,5 @@
-//! How often a guest can have its view moved: moving makes the base's VM wait, and a guest could ask for it all the time.
+//! How often a guest can have its view moved: moving makes the base's VM wait, and a guest could ask for it all the
+//! time.
 
 use std::time::{Duration, Instant};
 
