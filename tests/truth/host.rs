@@ -18,6 +18,7 @@ use seethrough::sys::{IoBuf, block_on};
 use seethrough::units::GuestOffset;
 use seethrough::view::declared::{Declared, Views, merged_of};
 use seethrough::view::group_map::GroupMap;
+use seethrough::view::refresh::Policy;
 use seethrough::view::room::Room;
 
 use crate::engine::{Allowed, check, run};
@@ -138,7 +139,11 @@ impl Host {
     pub(crate) fn serve(&self) -> Vec<Arc<dyn Image>> {
         let mut family = Views::default();
         let disks = self.open(Access::ReadWrite);
-        let view = |disk: &OpenImage| block_on(family.view_of("vm", disk)).unwrap().image();
+        let view = |disk: &OpenImage| {
+            block_on(family.view_of("vm", disk, Policy::Live))
+                .unwrap()
+                .image()
+        };
         disks.iter().map(view).collect()
     }
 
