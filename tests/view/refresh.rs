@@ -191,10 +191,10 @@ fn on_mount_a_view_moves_between_mounts_and_never_under_one() {
     for mke2fs in [JOURNALED, UNJOURNALED] {
         let family = Family::new(mke2fs);
         let daemon = family.open(Policy::OnMount);
-        let mut base = family.mount(&*daemon.base, "base");
+        let mut base = family.mount(&daemon.base, "base");
         publish(&mut base, "first");
 
-        let mut tom = family.mount(&*daemon.tom, "tom");
+        let mut tom = family.mount(&daemon.tom, "tom");
         // Without a journal in between, the base is not consistent while it is mounted.
         let has_journal = mke2fs == JOURNALED;
         if has_journal {
@@ -230,7 +230,7 @@ fn on_mount_a_view_moves_between_mounts_and_never_under_one() {
 
         let pins = family.pins();
         base.unmount();
-        let tom = family.mount(&*daemon.tom, "tom");
+        let tom = family.mount(&daemon.tom, "tom");
         for name in ["first", "second", "third"] {
             assert!(
                 read(&tom, name).is_some_and(|text| text.contains(name)),
@@ -257,9 +257,9 @@ fn a_manual_view_moves_on_command_and_only_while_nothing_is_mounted() {
     }
     let family = Family::new(JOURNALED);
     let daemon = family.open(Policy::Manual);
-    let mut base = family.mount(&*daemon.base, "base");
+    let mut base = family.mount(&daemon.base, "base");
     publish(&mut base, "first");
-    let mut tom = family.mount(&*daemon.tom, "tom");
+    let mut tom = family.mount(&daemon.tom, "tom");
     assert_eq!(read(&tom, "first"), None);
     write(&tom, "local/own", "tom's");
     tom.deliver(in_order);
@@ -271,13 +271,13 @@ fn a_manual_view_moves_on_command_and_only_while_nothing_is_mounted() {
     daemon.end();
     let daemon = family.open(Policy::Manual);
     let mut base = base.reconnected(&*daemon.base);
-    let tom = family.mount(&*daemon.tom, "tom");
+    let tom = family.mount(&daemon.tom, "tom");
     assert_eq!(read(&tom, "first"), None);
     tom.unmount();
     assert_eq!(daemon.refresh().unwrap(), Moved::ToNow);
     assert_eq!(daemon.refresh().unwrap(), Moved::Nowhere);
     publish(&mut base, "second");
-    let tom = family.mount(&*daemon.tom, "tom");
+    let tom = family.mount(&daemon.tom, "tom");
     assert!(read(&tom, "first").is_some());
     assert_eq!(read(&tom, "second"), None);
     tom.unmount();
@@ -286,7 +286,7 @@ fn a_manual_view_moves_on_command_and_only_while_nothing_is_mounted() {
     // Served live, a child gives its snapshot up.
     assert_eq!(family.pins().len(), 1);
     let daemon = family.open(Policy::Live);
-    let tom = family.mount(&*daemon.tom, "tom");
+    let tom = family.mount(&daemon.tom, "tom");
     assert!(read(&tom, "second").is_some());
     tom.unmount();
     let error = daemon.refresh().unwrap_err();
