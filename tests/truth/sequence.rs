@@ -59,6 +59,7 @@ pub(crate) fn run_sequence(recipe: Recipe, seed: u64) {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
             let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
             mount_change("/", private).unwrap();
+            let_go_of_others();
             let directory = tempfile::tempdir().unwrap();
             // Nothing here has to outlive the host, so nothing waits for its disk.
             mount(
@@ -79,6 +80,16 @@ pub(crate) fn run_sequence(recipe: Recipe, seed: u64) {
             resume_unwind(cause);
         }
     });
+}
+
+/// Takes the mounts of others out of this namespace, which has copies of them: they would outlive their unmount.
+fn let_go_of_others() {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    for line in mounts.lines().filter(|line| line.starts_with("/dev/loop")) {
+        if let Some(directory) = line.split(' ').nth(1) {
+            let _ = unmount(directory, UnmountFlags::DETACH);
+        }
+    }
 }
 
 fn run_in(directory: &Path, recipe: Recipe, seed: u64) {
@@ -324,7 +335,8 @@ impl Sequence {
     fn finish(&mut self) {
         let mut told = Vec::new();
         for vm in 0..self.vms.len() {
-            self.mount(vm);
+            // A file without a name may live on in a program that another test is just starting, until the unmount.
+            self.remount(vm);
             told.push(self.vms[vm].statfs());
             self.vms[vm].unmount(&mut self.log);
         }
