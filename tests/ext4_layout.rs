@@ -423,6 +423,7 @@ fn internal_files_on_top_of_structures_are_corrupt() {
         let files = InternalFiles {
             journal: &journal,
             orphan_file: &[],
+            mmp: None,
         };
         let error = Layout::new(&superblock, &table, files).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{start} {len}: {error}");

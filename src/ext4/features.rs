@@ -21,10 +21,15 @@ pub struct Feature {
     bit: u32,
 }
 
-/// Whether filesystems with a feature are taken.
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// Whether filesystems with a feature are taken, and if not, what their owner can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Support {
     Yes,
+    /// No, but tune2fs switches the feature off.
+    SwitchOff,
+    /// No, but e2fsck makes the filesystem one without it.
+    Unshare,
+    /// No, and a filesystem has it from its making on.
     No,
 }
 
@@ -55,7 +60,7 @@ features! {
         EXCLUDE_INODE = 0x80, "exclude_inode", No, "Snapshots' exclude inode; never merged.";
         EXCLUDE_BITMAP = 0x100, "snapshot_bitmap", No, "Snapshots' exclude bitmaps; never merged.";
         SPARSE_SUPER2 = 0x200, "sparse_super2", Yes, "Two backup superblocks at most, in named groups.";
-        FAST_COMMIT = 0x400, "fast_commit", No, "The journal holds fast commits too.";
+        FAST_COMMIT = 0x400, "fast_commit", Yes, "The journal may hold fast commits too; no VM is shown it.";
         STABLE_INODES = 0x800, "stable_inodes", Yes, "Inode numbers and the UUID never change.";
         ORPHAN_FILE = 0x1000, "orphan_file", Yes, "Orphans are listed in a file.";
     }
@@ -67,9 +72,9 @@ features! {
         META_BG = 0x10, "meta_bg", Yes, "Descriptor blocks lie in the groups that they describe.";
         EXTENTS = 0x40, "extent", Yes, "Files may be mapped by extents.";
         SIXTY_FOUR_BIT = 0x80, "64bit", Yes, "Block numbers have 64 bits, descriptors 64 bytes or more.";
-        MMP = 0x100, "mmp", No, "A block that every mounter writes guards against several mounts.";
+        MMP = 0x100, "mmp", Yes, "A block that every mounter writes guards against several mounts.";
         FLEX_BG = 0x200, "flex_bg", Yes, "A group's bitmaps and inode table may lie in another group.";
-        EA_INODE = 0x400, "ea_inode", No, "Large attribute values lie in inodes that files share.";
+        EA_INODE = 0x400, "ea_inode", Yes, "Large attribute values lie in inodes that files share.";
         DIRDATA = 0x1000, "dirdata", No, "Data in directory entries; never merged.";
         CSUM_SEED = 0x2000, "metadata_csum_seed", Yes, "The checksum seed is in the superblock.";
         LARGEDIR = 0x4000, "large_dir", Yes, "Hash trees of three levels, directories beyond 2 GiB.";
@@ -86,13 +91,13 @@ features! {
         DIR_NLINK = 0x20, "dir_nlink", Yes, "More than 65000 subdirectories; a kernel sets it by itself.";
         EXTRA_ISIZE = 0x40, "extra_isize", Yes, "Inodes reserve room for extra fields; a kernel sets it by itself.";
         HAS_SNAPSHOT = 0x80, "has_snapshot", No, "Snapshots; never merged.";
-        QUOTA = 0x100, "quota", No, "The kernel accounts users' blocks in hidden files.";
+        QUOTA = 0x100, "quota", SwitchOff, "The kernel accounts users' blocks in hidden files.";
         BIGALLOC = 0x200, "bigalloc", No, "Blocks are allocated in clusters.";
         METADATA_CSUM = 0x400, "metadata_csum", Yes, "Every structure carries a CRC-32C.";
         REPLICA = 0x800, "replica", No, "Replicas; never merged.";
-        READONLY = 0x1000, "read-only", No, "The filesystem shall not be mounted for writing.";
-        PROJECT = 0x2000, "project", No, "Project quotas.";
-        SHARED_BLOCKS = 0x4000, "shared_blocks", No, "Files share blocks without counting them.";
+        READONLY = 0x1000, "read-only", SwitchOff, "The filesystem shall not be mounted for writing.";
+        PROJECT = 0x2000, "project", Yes, "Inodes name their project.";
+        SHARED_BLOCKS = 0x4000, "shared_blocks", Unshare, "Files share blocks without counting them.";
         VERITY = 0x8000, "verity", Yes, "Files may carry a hash tree.";
         ORPHAN_PRESENT = 0x10000, "orphan_present", Yes, "The orphan file may hold entries; volatile.";
     }
@@ -109,6 +114,32 @@ impl Feature {
     #[must_use]
     pub fn bit(self) -> u32 {
         self.bit
+    }
+
+    fn known(self) -> Option<(&'static str, Support)> {
+        let known = Self::KNOWN.iter().find(|known| known.0 == self)?;
+        Some((known.1, known.2))
+    }
+
+    fn is_supported(self) -> bool {
+        matches!(self.known(), Some((_, Support::Yes)))
+    }
+
+    /// The feature, whose bit is at `position`, and how to be rid of it.
+    fn with_remedy(self, position: u32) -> String {
+        match self.known() {
+            Some((name, Support::SwitchOff)) => {
+                format!("{name} (switch it off with tune2fs -O ^{name})")
+            }
+            Some((name, Support::Unshare)) => {
+                format!("{name} (e2fsck -f -E unshare_blocks gives each file its own)")
+            }
+            Some((name, _)) => format!("{name} (make the filesystem without it)"),
+            None => format!(
+                "{}{position} (make the filesystem without it)",
+                self.set.prefix()
+            ),
+        }
     }
 }
 
@@ -138,11 +169,11 @@ impl Features {
         }
     }
 
-    /// The names of the features that this program does not handle, as the e2fsprogs spell them; a bit without a name
-    /// is named by its set and its position.
+    /// The features that this program does not handle, as the e2fsprogs spell them, each with what its owner can do; a
+    /// bit without a name is named by its set and its position.
     #[must_use]
     pub fn unsupported(&self) -> Vec<String> {
-        let mut names = Vec::new();
+        let mut named = Vec::new();
         for set in [
             FeatureSet::Compat,
             FeatureSet::Incompat,
@@ -153,17 +184,12 @@ impl Features {
                     set,
                     bit: 1 << position,
                 };
-                if !self.has(feature) {
-                    continue;
-                }
-                match Feature::KNOWN.iter().find(|known| known.0 == feature) {
-                    Some((_, _, Support::Yes)) => {}
-                    Some((_, name, Support::No)) => names.push((*name).to_owned()),
-                    None => names.push(format!("{}{position}", set.prefix())),
+                if self.has(feature) && !feature.is_supported() {
+                    named.push(feature.with_remedy(position));
                 }
             }
         }
-        names
+        named
     }
 }
 
@@ -197,15 +223,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_handled_is_named() {
+    fn what_is_not_handled_is_named_with_a_remedy() {
         let features = Features {
             compat: 0x400 | 0x4 | 0x8000_0000,
-            incompat: 0x100 | 0x40,
-            ro_compat: 0x200 | 0x100 | 0x1,
+            incompat: 0x1000 | 0x40,
+            ro_compat: 0x4000 | 0x100 | 0x1,
         };
         assert_eq!(
             features.unsupported(),
-            ["fast_commit", "FEATURE_C31", "mmp", "quota", "bigalloc"]
+            [
+                "FEATURE_C31 (make the filesystem without it)",
+                "dirdata (make the filesystem without it)",
+                "quota (switch it off with tune2fs -O ^quota)",
+                "shared_blocks (e2fsck -f -E unshare_blocks gives each file its own)",
+            ]
         );
     }
 

@@ -187,6 +187,19 @@ impl Superblock {
     }
 }
 
+impl Superblock {
+    /// `s_overhead_clusters`: the blocks that no file can have, as a kernel counts them when it mounts a filesystem
+    /// whose superblock does not say. The journal has `journal_blocks`.
+    #[must_use]
+    pub fn overhead(&self, journal_blocks: u32) -> u64 {
+        let tables = u64::from(self.inode_table_blocks()) + 2;
+        let groups = self
+            .groups()
+            .map(|group| self.group_head(group).len() + tables);
+        u64::from(self.first_data_block) + groups.sum::<u64>() + u64::from(journal_blocks)
+    }
+}
+
 /// Whether `value` is a power of `base`, which is above 1.
 fn is_power_of(base: u32, value: u32) -> bool {
     let mut rest = value;

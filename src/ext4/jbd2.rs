@@ -4,7 +4,7 @@
 //! Every VM has a journal of its own in the blocks of the base's: it begins as [`clean`].
 
 use super::checksum::crc32c;
-use super::fields::{be32, bytes_at, put_be32};
+use super::fields::{be32, bytes_at, le16, le32, put_be32};
 use super::superblock::Superblock;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -19,6 +19,7 @@ const SEQUENCE: usize = 0x18;
 const START: usize = 0x1c;
 const ERRNO: usize = 0x20;
 const FEATURE_INCOMPAT: usize = 0x28;
+const NUM_FC_BLKS: usize = 0x54;
 const HEAD: usize = 0x58;
 const CHECKSUM: usize = 0xfc;
 
@@ -27,6 +28,11 @@ pub(super) const INCOMPAT_64BIT: u32 = 0x2;
 pub(super) const INCOMPAT_ASYNC_COMMIT: u32 = 0x4;
 pub(super) const INCOMPAT_CSUM_V2: u32 = 0x8;
 pub(super) const INCOMPAT_CSUM_V3: u32 = 0x10;
+const INCOMPAT_FAST_COMMIT: u32 = 0x20;
+/// `JBD2_DEFAULT_FAST_COMMIT_BLOCKS`: what a `s_num_fc_blks` of 0 means.
+const DEFAULT_FC_BLOCKS: u32 = 256;
+/// `JBD2_MIN_JOURNAL_BLOCKS`: a log that would be shorter keeps its blocks from fast commits.
+const MIN_LOG_BLOCKS: u32 = 1024;
 /// Names of `s_feature_incompat`, from the lowest bit, and whether this program handles the feature.
 const INCOMPAT: &[(&str, bool)] = &[
     ("journal_incompat_revoke", true),
@@ -34,7 +40,7 @@ const INCOMPAT: &[(&str, bool)] = &[
     ("journal_async_commit", true),
     ("journal_checksum_v2", true),
     ("journal_checksum_v3", true),
-    ("fast_commit", false),
+    ("fast_commit", true),
 ];
 
 /// A journal's superblock, checked.
@@ -42,6 +48,8 @@ const INCOMPAT: &[(&str, bool)] = &[
 pub struct JournalSuperblock {
     /// `s_maxlen`: blocks of the journal.
     pub maxlen: u32,
+    /// Where the log ends; what lies behind it is for fast commits.
+    pub log_end: u32,
     /// `s_first`: the first block of the log.
     pub first: u32,
     /// `s_sequence`: the first transaction expected in the log.
@@ -79,14 +87,20 @@ impl JournalSuperblock {
         }
         let has_features = h_blocktype == BLOCKTYPE_V2;
         let feature = |at: usize| if has_features { be32(bytes, at) } else { 0 };
+        let maxlen = be32(bytes, 0x10);
+        let feature_incompat = feature(FEATURE_INCOMPAT);
         let journal = Self {
-            maxlen: be32(bytes, 0x10),
+            maxlen,
+            log_end: match feature_incompat & INCOMPAT_FAST_COMMIT {
+                0 => maxlen,
+                _ => log_end(maxlen, be32(bytes, NUM_FC_BLKS)),
+            },
             first: be32(bytes, 0x14),
             sequence: be32(bytes, SEQUENCE),
             start: be32(bytes, START),
             errno: be32(bytes, ERRNO),
             feature_compat: feature(0x24),
-            feature_incompat: feature(FEATURE_INCOMPAT),
+            feature_incompat,
             uuid: bytes_at(bytes, 0x30),
         };
         if let Some(computed) = checksum_of(bytes) {
@@ -108,6 +122,24 @@ impl JournalSuperblock {
         self.start == 0
     }
 
+    /// The block of the journal where fast commits begin that would have to be replayed, if there can be any: kernels
+    /// leave one out behind the log.
+    #[must_use]
+    pub fn fast_commits(&self) -> Option<u32> {
+        let possible = !self.is_empty() && self.feature_incompat & INCOMPAT_FAST_COMMIT != 0;
+        let first = self.log_end.saturating_add(1);
+        (possible && first < self.maxlen).then_some(first)
+    }
+
+    /// Whether `block`, the first one of the fast commits, begins one of a transaction that is not older than the log.
+    #[must_use]
+    pub fn is_fast_commit(&self, block: &[u8]) -> bool {
+        /// `EXT4_FC_TAG_HEAD`; unlike the log, fast commits are little-endian.
+        const TAG_HEAD: u16 = 0x9;
+        const TID: usize = 8;
+        le16(block, 0) == TAG_HEAD && le32(block, TID).wrapping_sub(self.sequence) < 1 << 31
+    }
+
     fn check_sizes(
         &self,
         superblock: &Superblock,
@@ -126,11 +158,11 @@ impl JournalSuperblock {
                 "length {s_maxlen}, but its file has {journal_blocks} blocks"
             )));
         }
-        let log = self.first.max(1)..s_maxlen;
+        let log = self.first.max(1)..self.log_end;
         if !log.contains(&self.first) || (self.start != 0 && !log.contains(&self.start)) {
             return Err(corrupt(format_args!(
-                "the log begins at block {} of {} to {s_maxlen}",
-                self.start, self.first
+                "the log begins at block {} of {} to {}",
+                self.start, self.first, self.log_end
             )));
         }
         Ok(())
@@ -153,7 +185,20 @@ impl JournalSuperblock {
     }
 }
 
-/// The superblock of an empty journal with the sizes and features of `journal`: nothing to replay, no error.
+/// Where the log of a journal of `s_maxlen` blocks with fast commits ends.
+fn log_end(s_maxlen: u32, s_num_fc_blks: u32) -> u32 {
+    let fast = match s_num_fc_blks {
+        0 => DEFAULT_FC_BLOCKS,
+        blocks => blocks,
+    };
+    match s_maxlen.checked_sub(fast) {
+        Some(end) if end >= MIN_LOG_BLOCKS => end,
+        _ => s_maxlen,
+    }
+}
+
+/// The superblock of an empty journal with the sizes and features of `journal`: nothing to replay, no error, and no
+/// fast commits, which no VM is shown.
 #[must_use]
 pub fn clean(journal: &[u8; JOURNAL_SUPERBLOCK_SIZE]) -> [u8; JOURNAL_SUPERBLOCK_SIZE] {
     let mut bytes = *journal;
@@ -162,6 +207,10 @@ pub fn clean(journal: &[u8; JOURNAL_SUPERBLOCK_SIZE]) -> [u8; JOURNAL_SUPERBLOCK
     put_be32(&mut bytes, START, 0);
     put_be32(&mut bytes, ERRNO, 0);
     put_be32(&mut bytes, HEAD, 0);
+    if be32(&bytes, 0x04) == BLOCKTYPE_V2 {
+        let features = be32(&bytes, FEATURE_INCOMPAT) & !INCOMPAT_FAST_COMMIT;
+        put_be32(&mut bytes, FEATURE_INCOMPAT, features);
+    }
     if let Some(checksum) = checksum_of(&bytes) {
         put_be32(&mut bytes, CHECKSUM, checksum);
     }

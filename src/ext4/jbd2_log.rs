@@ -68,7 +68,7 @@ enum Protection {
 pub struct LogFormat {
     block_size: usize,
     first: u32,
-    maxlen: u32,
+    end: u32,
     is_64bit: bool,
     protection: Protection,
     commits_early: bool,
@@ -126,7 +126,7 @@ impl LogFormat {
         Self {
             block_size: usize::try_from(block_size).unwrap_or(usize::MAX),
             first: journal.first,
-            maxlen: journal.maxlen,
+            end: journal.log_end,
             is_64bit: has(INCOMPAT_64BIT),
             protection,
             commits_early: has(INCOMPAT_ASYNC_COMMIT),
@@ -143,7 +143,7 @@ impl LogFormat {
     /// Blocks of the log, the journal's superblock and what lies before the log left out.
     #[must_use]
     pub fn log_blocks(&self) -> u32 {
-        self.maxlen.saturating_sub(self.first)
+        self.end.saturating_sub(self.first)
     }
 
     /// The block `count` further on, around the end of the log.
@@ -294,7 +294,7 @@ impl LogScan {
     /// A scan that expects transaction `sequence` at `start`.
     #[must_use]
     pub fn new(format: LogFormat, start: LogBlock, sequence: u32) -> Self {
-        let is_in_log = (format.first..format.maxlen).contains(&start.0);
+        let is_in_log = (format.first..format.end).contains(&start.0);
         Self {
             format,
             head: start,
@@ -438,6 +438,7 @@ mod tests {
     fn format((feature_compat, feature_incompat): (u32, u32)) -> LogFormat {
         let journal = JournalSuperblock {
             maxlen: MAXLEN,
+            log_end: MAXLEN,
             first: FIRST,
             sequence: 0,
             start: 0,

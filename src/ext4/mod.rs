@@ -19,6 +19,8 @@ pub mod inode;
 pub mod jbd2;
 pub mod jbd2_log;
 pub mod layout;
+pub mod layout_builder;
+pub mod mmp;
 pub mod new_directory;
 pub mod orphan_file;
 pub mod records;
@@ -27,3 +29,4 @@ pub mod volatile;
 pub mod xattr_block;
 
 mod fields;
+mod locations;

@@ -104,6 +104,7 @@ impl Records {
             | Kind::Backup { .. }
             | Kind::Journal { .. }
             | Kind::OrphanFile { .. }
+            | Kind::MultipleMount
             | Kind::Data { .. } => None,
         }
     }

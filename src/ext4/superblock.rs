@@ -15,8 +15,9 @@ use super::bitmap;
 use super::checksum::{Checksums, crc32c};
 use super::features::{Feature, Features};
 use super::fields::{bytes_at, le16, le32, put_le32, split32, u8_at};
+use super::volatile;
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::InodeNumber;
+use crate::units::{FsBlock, InodeNumber};
 
 /// Where the superblock lies, in bytes from the filesystem's start.
 pub const SUPERBLOCK_OFFSET: u64 = 1024;
@@ -92,6 +93,8 @@ pub struct Superblock {
     pub backup_groups: [u32; 2],
     /// `s_orphan_file_inum`; `None` without an orphan file.
     pub orphan_file_inode: Option<InodeNumber>,
+    /// `s_mmp_block`: what every mounter writes; `None` without `mmp`.
+    pub mmp_block: Option<FsBlock>,
     /// How metadata is protected.
     pub checksums: Checksums,
     /// The checksum of a block bitmap in which nothing is free; worked out once, every foreign descriptor has it.
@@ -189,6 +192,9 @@ impl Superblock {
             first_meta_bg: le32(bytes, 0x104),
             backup_groups: [0x24c, 0x250].map(|at| le32(bytes, at)),
             orphan_file_inode: named_inode(bytes, 0x280, features.has(Feature::ORPHAN_FILE)),
+            mmp_block: features
+                .has(Feature::MMP)
+                .then(|| FsBlock(split32(bytes, 0x168, 0x16c))),
             checksums: checksums(bytes, &features)?,
             full_block_bitmap_csum: 0,
             full_inode_bitmap_csum: 0,
@@ -354,20 +360,29 @@ fn checksums(bytes: &[u8; SUPERBLOCK_SIZE], features: &Features) -> Result<Check
 
 /// Invariant 1.
 fn refuse_unsupported(bytes: &[u8; SUPERBLOCK_SIZE], features: &Features) -> Result<()> {
-    let mut names = features.unsupported();
+    let mut refused = features.unsupported();
     let s_journal_inum = le32(bytes, 0xe0);
     if features.has(Feature::HAS_JOURNAL) && s_journal_inum == 0 {
-        names.push("external journal".to_owned());
+        refused.push(
+            "external journal (take the journal in: tune2fs -O ^has_journal, then tune2fs -j)"
+                .to_owned(),
+        );
     }
-    if names.is_empty() {
+    if features.has(Feature::EA_INODE) && !volatile::has_room_for_options(bytes) {
+        refused.push(
+            "ea_inode with so many default mount options that there is no room for nombcache (shorten them with \
+             tune2fs -E mount_opts=…)"
+                .to_owned(),
+        );
+    }
+    if refused.is_empty() {
         return Ok(());
     }
     Err(Error::new(
         ErrorKind::Unsupported,
         format!(
-            "the filesystem has features that a view of it cannot keep apart yet: {}; \
-             switch them off with tune2fs, or make the filesystem without them",
-            names.join(", ")
+            "the filesystem has what a view of it cannot keep apart: {}",
+            refused.join(", ")
         ),
     ))
 }

@@ -5,6 +5,11 @@
 //! state, mount count and times, the error record, the list of orphans, free counts, overhead, kilobytes written,
 //! where it was last mounted, and the feature bits `needs_recovery` and `orphan_present`.
 //!
+//! Two things are not as the base has them. `fast_commit` is never shown: such commits are no images of blocks, so that
+//! nobody could follow them from outside, and a kernel without the bit commits in full. And where attributes may lie
+//! in inodes of their own (`ea_inode`), a child's default mount options say `nombcache`: its kernel would let new files
+//! share such an inode of the base's with old ones, and count them there.
+//!
 //! Some feature bits a kernel sets by itself when a file first needs them. They allow more and change nothing for
 //! files without that need, so a VM sees them if either the base or the VM itself has set them.
 
@@ -35,7 +40,7 @@ const VOLATILE: &[Range<usize>] = &[
     // s_error_count to s_last_error_func
     0x194..0x200,
     // s_overhead_clusters: what statfs takes off; a kernel that counts otherwise writes its own count
-    0x248..0x24c,
+    OVERHEAD..OVERHEAD + 4,
     // s_wtime_hi, s_mtime_hi
     0x274..0x276,
     // s_lastcheck_hi, s_first_error_time_hi, s_last_error_time_hi, s_first_error_errcode, s_last_error_errcode
@@ -53,11 +58,19 @@ const HARMLESS_FEATURES: &[Feature] = &[
     Feature::EXTRA_ISIZE,
 ];
 
+/// Feature bits that no VM is shown; what is stored stays.
+const HIDDEN_FEATURES: &[Feature] = &[Feature::FAST_COMMIT];
+
+/// `s_mount_opts`: mount options that a kernel takes as if they were given, ended by a zero.
+const MOUNT_OPTS: Range<usize> = 0x200..0x240;
+const NO_SHARED_ATTRIBUTES: &[u8] = b"nombcache";
+
 const R_BLOCKS_LO: usize = 0x08;
 const R_BLOCKS_HI: usize = 0x154;
 const FREE_BLOCKS_LO: usize = 0x0c;
 const FREE_BLOCKS_HI: usize = 0x158;
 const FREE_INODES: usize = 0x10;
+const OVERHEAD: usize = 0x248;
 
 /// How much of a filesystem one VM may fill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,8 +145,62 @@ pub fn compose_superblock(
         R_BLOCKS_HI,
         share.of(s_r_blocks_count),
     );
-    seal(&mut composed);
+    if feature_word(base, Feature::EA_INODE) & Feature::EA_INODE.bit() != 0 {
+        add_option(&mut composed);
+    }
+    hide_features(&mut composed);
     composed
+}
+
+/// Takes out of a superblock the features that no VM is shown.
+pub fn hide_features(superblock: &mut [u8; SUPERBLOCK_SIZE]) {
+    for feature in HIDDEN_FEATURES {
+        put_feature(superblock, *feature, 0);
+    }
+    seal(superblock);
+}
+
+/// Gives the superblock that a VM wrote the features of `stored` that it was not shown: the reverse of
+/// [`hide_features`].
+pub fn reveal_features(superblock: &mut [u8; SUPERBLOCK_SIZE], stored: &[u8; SUPERBLOCK_SIZE]) {
+    for feature in HIDDEN_FEATURES {
+        put_feature(superblock, *feature, feature_word(stored, *feature));
+    }
+    seal(superblock);
+}
+
+/// The default mount options without what is behind them.
+fn options(superblock: &[u8; SUPERBLOCK_SIZE]) -> &[u8] {
+    let field = &superblock[MOUNT_OPTS];
+    let end = field.iter().position(|byte| *byte == 0);
+    &field[..end.unwrap_or(field.len())]
+}
+
+fn has_option(superblock: &[u8; SUPERBLOCK_SIZE]) -> bool {
+    options(superblock)
+        .split(|byte| *byte == b',')
+        .any(|option| option == NO_SHARED_ATTRIBUTES)
+}
+
+/// Whether the default mount options can say that attributes are not to be shared between files.
+#[must_use]
+pub fn has_room_for_options(superblock: &[u8; SUPERBLOCK_SIZE]) -> bool {
+    let needed = options(superblock).len() + NO_SHARED_ATTRIBUTES.len() + ",\0".len();
+    has_option(superblock) || needed <= MOUNT_OPTS.len()
+}
+
+/// Adds to the default mount options that attributes are not to be shared between files.
+fn add_option(superblock: &mut [u8; SUPERBLOCK_SIZE]) {
+    if has_option(superblock) || !has_room_for_options(superblock) {
+        return;
+    }
+    let mut all = options(superblock).to_vec();
+    if !all.is_empty() {
+        all.push(b',');
+    }
+    all.extend(NO_SHARED_ATTRIBUTES);
+    all.resize(MOUNT_OPTS.len(), 0);
+    superblock[MOUNT_OPTS].copy_from_slice(&all);
 }
 
 /// What is stored when a VM writes the superblock `written`: its volatile fields over `stored`, the rest of which
@@ -183,6 +250,12 @@ pub fn free_counts(superblock: &[u8; SUPERBLOCK_SIZE]) -> FreeCounts {
 pub fn put_free(superblock: &mut [u8; SUPERBLOCK_SIZE], free: FreeCounts) {
     put_split32(superblock, FREE_BLOCKS_LO, FREE_BLOCKS_HI, free.blocks);
     put_le32(superblock, FREE_INODES, free.inodes);
+    seal(superblock);
+}
+
+/// Says how many blocks no file can have, as far as it can be said.
+pub fn put_overhead(superblock: &mut [u8; SUPERBLOCK_SIZE], blocks: u64) {
+    put_le32(superblock, OVERHEAD, u32::try_from(blocks).unwrap_or(0));
     seal(superblock);
 }
 
@@ -275,6 +348,48 @@ mod tests {
                 assert_eq!(*byte, if volatile { 2 } else { 1 }, "byte {at:#x}");
             }
         }
+    }
+
+    #[test]
+    fn no_vm_is_shown_fast_commits_and_what_is_stored_keeps_them() {
+        let mut base = filled(0);
+        put_feature(&mut base, Feature::FAST_COMMIT, u32::MAX);
+        seal(&mut base);
+        let composed = compose_superblock(&base, &base, HALF);
+        assert_eq!(feature_word(&composed, Feature::FAST_COMMIT), 0x3c);
+        assert!(is_honest_write(&composed, &composed));
+        let scattered = scatter_superblock(&base, &composed);
+        assert_eq!(feature_word(&scattered, Feature::FAST_COMMIT), 0x43c);
+
+        let mut served = base;
+        hide_features(&mut served);
+        assert_eq!(feature_word(&served, Feature::FAST_COMMIT), 0x3c);
+        reveal_features(&mut served, &base);
+        assert_eq!(served, base);
+    }
+
+    #[test]
+    fn where_attributes_may_lie_in_inodes_a_child_shares_none() {
+        let with = |options: &[u8]| {
+            let mut base = filled(0);
+            put_feature(&mut base, Feature::EA_INODE, u32::MAX);
+            base[MOUNT_OPTS][..options.len()].copy_from_slice(options);
+            base
+        };
+        let composed = |options: &[u8]| {
+            let base = with(options);
+            let composed = compose_superblock(&base, &base, HALF);
+            super::options(&composed).to_vec()
+        };
+        assert_eq!(composed(b""), b"nombcache");
+        assert_eq!(composed(b"discard"), b"discard,nombcache");
+        assert_eq!(composed(b"nombcache,discard"), b"nombcache,discard");
+        assert!(has_room_for_options(&with(&[b'x'; 53])));
+        assert!(!has_room_for_options(&with(&[b'x'; 54])));
+        assert_eq!(composed(&[b'x'; 54]), [b'x'; 54]);
+        let plain = filled(0);
+        let composed = compose_superblock(&plain, &plain, HALF);
+        assert_eq!(composed[MOUNT_OPTS], plain[MOUNT_OPTS]);
     }
 
     #[test]

@@ -179,6 +179,7 @@ fn compose_superblock(
         None => {
             let mut served = own;
             volatile::hide_free(&mut served, foreign_free);
+            volatile::hide_features(&mut served);
             served
         }
         Some(truth) => {

@@ -2,7 +2,7 @@
 //! still untouched.
 
 use super::declaration::GroupList;
-use super::probe::{Probe, read_block, read_descriptor};
+use super::probe::{Descriptors, Probe, read_block, read_descriptor};
 use crate::error::Result;
 use crate::ext4::group::{Group, GroupBytes, InUse};
 use crate::ext4::group_descriptor::GroupDescriptor;
@@ -65,12 +65,15 @@ impl Probe {
         Ok((!holds_anything).then(|| group.free().blocks))
     }
 
-    /// Whether blocks of the journal or the orphan file lie in `group`: they are structures, but not of the group's.
+    /// Whether blocks that each VM has for itself lie in `group`: they are structures, but not of the group's.
     fn holds_internal_file(&self, group: BlockGroup) -> bool {
         let blocks = self.superblock().group_blocks(group);
-        self.layout()
-            .pieces(blocks)
-            .any(|(kind, _, _)| matches!(kind, Kind::Journal { .. } | Kind::OrphanFile { .. }))
+        self.layout().pieces(blocks).any(|(kind, _, _)| {
+            matches!(
+                kind,
+                Kind::Journal { .. } | Kind::OrphanFile { .. } | Kind::MultipleMount
+            )
+        })
     }
 
     /// What is free in `groups`, as their descriptors tell.
@@ -80,12 +83,10 @@ impl Probe {
         groups: impl IntoIterator<Item = BlockGroup>,
     ) -> Result<FreeCounts> {
         let mut free = FreeCounts::default();
+        let mut descriptors = Descriptors::of(disk, self.place(), self.superblock());
         for group in groups {
-            let bytes = read_descriptor(disk, self.place(), self.superblock(), group).await?;
-            let descriptor = GroupDescriptor::parse(&bytes);
-            let blocks = u64::from(descriptor.free_blocks_count);
-            free.blocks = free.blocks.saturating_add(blocks);
-            free.inodes = free.inodes.saturating_add(descriptor.free_inodes_count);
+            let counts = GroupDescriptor::parse(descriptors.get(group).await?).free();
+            free = [free, counts].into_iter().sum();
         }
         Ok(free)
     }

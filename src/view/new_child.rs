@@ -9,12 +9,13 @@ use super::compose::{put_superblock, superblock_in};
 use super::declaration::{
     BaseDeclaration, ChildDeclaration, Extent as Part, Region, check_owned_together,
 };
-use super::probe::{Place, map_file, read_block, read_descriptor, read_inode, read_superblock};
+use super::probe::{Descriptors, Place, map_file, read_block, read_inode, read_superblock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ext4::extent::Extent;
 use crate::ext4::group_descriptor::GroupDescriptor;
 use crate::ext4::inode::Inode;
 use crate::ext4::jbd2::{self, JOURNAL_SUPERBLOCK_SIZE};
+use crate::ext4::mmp;
 use crate::ext4::orphan_file;
 use crate::ext4::superblock::Superblock;
 use crate::ext4::volatile::{self, FreeCounts};
@@ -117,6 +118,7 @@ impl NewChild {
         let free = self.count_free(base, place, &superblock).await?;
         self.plan_superblock(base, place, &superblock, free).await?;
         self.plan_journal(base, place, &superblock).await?;
+        self.plan_mmp(base, place, &superblock).await?;
         self.plan_orphan_file(base, place, &superblock).await
     }
 
@@ -133,11 +135,10 @@ impl NewChild {
                 continue;
             };
             super::open::check_range(list, superblock.group_count)?;
+            let mut descriptors = Descriptors::of(base, place, superblock);
             for group in list.iter() {
-                let bytes = read_descriptor(base, place, superblock, group).await?;
-                let descriptor = GroupDescriptor::parse(&bytes);
-                free.blocks += u64::from(descriptor.free_blocks_count);
-                free.inodes = free.inodes.saturating_add(descriptor.free_inodes_count);
+                let counts = GroupDescriptor::parse(descriptors.get(group).await?).free();
+                free = [free, counts].into_iter().sum();
             }
         }
         Ok(free)
@@ -154,6 +155,13 @@ impl NewChild {
         let mut block = read_block(base, place, superblock, number).await?;
         let mut own = superblock_in(&block)?;
         volatile::put_clean(&mut own);
+        // A kernel that counts otherwise than the superblock says writes its count into all backups, which are the base's.
+        let journal = map_file(base, place, superblock, superblock.journal_inode).await?;
+        let blocks = |sum: u32, extent: &Extent| sum.saturating_add(extent.len);
+        volatile::put_overhead(
+            &mut own,
+            superblock.overhead(journal.iter().fold(0, blocks)),
+        );
         volatile::put_free(&mut own, free);
         put_superblock(&mut block, &own);
         self.put_block(place, superblock, number, block);
@@ -182,6 +190,21 @@ impl NewChild {
             ));
         };
         *own = jbd2::clean(own);
+        self.put_block(place, superblock, number, block);
+        Ok(())
+    }
+
+    async fn plan_mmp(
+        &mut self,
+        base: &dyn Image,
+        place: Place,
+        superblock: &Superblock,
+    ) -> Result<()> {
+        let Some(number) = superblock.mmp_block else {
+            return Ok(());
+        };
+        let mut block = read_block(base, place, superblock, number).await?;
+        mmp::clean(&superblock.checksums, &mut block)?;
         self.put_block(place, superblock, number, block);
         Ok(())
     }

@@ -6,9 +6,12 @@
 use super::compose::read_bytes;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::ext4::extent::{Extent, FileMap};
+use crate::ext4::features::Feature;
 use crate::ext4::group_descriptor::{self, GroupDescriptor};
 use crate::ext4::inode::{self, Inode};
+use crate::ext4::jbd2::JournalSuperblock;
 use crate::ext4::layout::{InternalFiles, Layout};
+use crate::ext4::layout_builder::LayoutBuilder;
 use crate::ext4::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, Superblock};
 use crate::image::Image;
 use crate::partition::{Partition, Scan};
@@ -166,19 +169,51 @@ pub async fn read_block(
     superblock: &Superblock,
     block: FsBlock,
 ) -> Result<Vec<u8>> {
+    read_blocks(disk, place, superblock, block, 1).await
+}
+
+/// `count` blocks of the filesystem at `place` that follow one another.
+///
+/// # Errors
+/// What reading the disk returns.
+async fn read_blocks(
+    disk: &dyn Image,
+    place: Place,
+    superblock: &Superblock,
+    block: FsBlock,
+    count: u32,
+) -> Result<Vec<u8>> {
     let at = block
         .0
         .checked_mul(u64::from(superblock.block_size))
         .and_then(|within| place.start.checked_add(within))
-        .filter(|_| block.0 < superblock.blocks_count)
+        .filter(|_| {
+            let end = block.0.checked_add(u64::from(count));
+            end.is_some_and(|end| end <= superblock.blocks_count)
+        })
         .ok_or_else(|| {
             Error::new(
                 ErrorKind::Corrupt,
                 format!("{}: block {block} lies outside the filesystem", disk.name()),
             )
         })?;
-    let len = usize::try_from(superblock.block_size).unwrap_or(usize::MAX);
+    let len = u64::from(superblock.block_size) * u64::from(count);
+    let len = usize::try_from(len).unwrap_or(usize::MAX);
     read_bytes(disk, at, len).await
+}
+
+/// Where block `index` of the descriptor table lies, and how many follow it there, as far as they are read at once.
+fn descriptor_run(superblock: &Superblock, index: u32) -> (FsBlock, u32) {
+    const READ_AT_ONCE: u32 = 1 << 20;
+    let first = superblock.descriptor_block(index);
+    let most = (READ_AT_ONCE / superblock.block_size)
+        .min(superblock.descriptor_blocks().saturating_sub(index))
+        .max(1);
+    let behind = |len: &u32| {
+        let next = superblock.descriptor_block(index.saturating_add(*len));
+        next.0 != first.0 + u64::from(*len)
+    };
+    (first, (1..most).find(behind).unwrap_or(most))
 }
 
 /// An ext4 filesystem on a disk: where it is, what it is and what is where in it.
@@ -246,18 +281,26 @@ impl Probe {
     /// As [`read_superblock`], and for whatever in the filesystem cannot be.
     pub async fn read(disk: &dyn Image, place: Place) -> Result<Self> {
         let (superblock, superblock_bytes) = read_superblock(disk, place).await?;
-        let mut table = Vec::new();
-        for index in 0..superblock.descriptor_blocks() {
-            let block = superblock.descriptor_block(index);
-            table.extend(read_block(disk, place, &superblock, block).await?);
+        let mut builder = LayoutBuilder::new(&superblock);
+        let mut index = 0;
+        while index < superblock.descriptor_blocks() {
+            let (first, len) = descriptor_run(&superblock, index);
+            let part = read_blocks(disk, place, &superblock, first, len).await?;
+            builder
+                .add(&part)
+                .context(|| format!("the filesystem on {}", disk.name()))?;
+            index += len;
         }
         let journal = map_file(disk, place, &superblock, superblock.journal_inode).await?;
+        refuse_fast_commits(disk, place, &superblock, &journal).await?;
         let orphan_file = map_file(disk, place, &superblock, superblock.orphan_file_inode).await?;
         let files = InternalFiles {
             journal: &journal,
             orphan_file: &orphan_file,
+            mmp: superblock.mmp_block,
         };
-        let layout = Layout::new(&superblock, &table, files)
+        let layout = builder
+            .finish(files)
             .context(|| format!("the filesystem on {}", disk.name()))?;
         Ok(Self {
             place,
@@ -267,6 +310,51 @@ impl Probe {
             journal,
         })
     }
+}
+
+/// Refuses a filesystem whose recovery would replay fast commits. No view lets a kernel write them, and nobody but a
+/// kernel can follow them; but the base may have been used, and lost its power, without its view.
+///
+/// # Errors
+/// [`ErrorKind::InvalidConfig`], saying what to do, if there is one; what reading the disk returns.
+async fn refuse_fast_commits(
+    disk: &dyn Image,
+    place: Place,
+    superblock: &Superblock,
+    journal: &[Extent],
+) -> Result<()> {
+    let first = journal.iter().find(|extent| extent.logical == 0);
+    let (true, Some(first)) = (superblock.features.has(Feature::NEEDS_RECOVERY), first) else {
+        return Ok(());
+    };
+    let block = read_block(disk, place, superblock, first.start).await?;
+    let len = journal
+        .iter()
+        .fold(0, |sum: u32, extent| sum.saturating_add(extent.len));
+    let parsed = block.first_chunk();
+    let parsed = parsed.and_then(|bytes| JournalSuperblock::parse(superblock, len, bytes).ok());
+    // A journal whose superblock is damaged is not replayed by anybody.
+    let Some((log, at)) = parsed.and_then(|log| log.fast_commits().map(|at| (log, at))) else {
+        return Ok(());
+    };
+    let holder = journal.iter().find_map(|extent| {
+        let within = at.checked_sub(extent.logical)?;
+        (within < extent.len).then(|| FsBlock(extent.start.0.saturating_add(u64::from(within))))
+    });
+    let Some(block) = holder else {
+        return Ok(());
+    };
+    if log.is_fast_commit(&read_block(disk, place, superblock, block).await?) {
+        return Err(Error::new(
+            ErrorKind::InvalidConfig,
+            format!(
+                "the journal on {} holds fast commits: it has been used without its view, and not been unmounted; \
+                 run e2fsck -p on it, or mount and unmount it once",
+                disk.name()
+            ),
+        ));
+    }
+    Ok(())
 }
 
 /// Where the blocks of an internal file are; nowhere if there is no such file.
@@ -341,12 +429,49 @@ pub async fn read_descriptor(
     superblock: &Superblock,
     group: BlockGroup,
 ) -> Result<Vec<u8>> {
-    let per_block = superblock.descriptors_per_block();
-    let block = superblock.descriptor_block(group.0 / per_block);
-    let bytes = read_block(disk, place, superblock, block).await?;
-    let size = usize::from(superblock.descriptor_size);
-    let start = (group.0 % per_block) as usize * size;
-    let descriptor = bytes[start..start + size].to_vec();
-    group_descriptor::verify(&superblock.checksums, group, &descriptor)?;
-    Ok(descriptor)
+    let mut descriptors = Descriptors::of(disk, place, superblock);
+    Ok(descriptors.get(group).await?.to_vec())
+}
+
+/// Descriptors that are asked for one after the other: a block of the table that holds several is read once.
+pub(super) struct Descriptors<'a> {
+    disk: &'a dyn Image,
+    place: Place,
+    superblock: &'a Superblock,
+    /// The block of the table that was read last.
+    index: Option<u32>,
+    block: Vec<u8>,
+}
+
+impl<'a> Descriptors<'a> {
+    /// Those of the filesystem at `place`.
+    pub(super) fn of(disk: &'a dyn Image, place: Place, superblock: &'a Superblock) -> Self {
+        Self {
+            disk,
+            place,
+            superblock,
+            index: None,
+            block: Vec::new(),
+        }
+    }
+
+    /// The descriptor of `group`, its checksum verified.
+    ///
+    /// # Errors
+    /// As [`read_descriptor`].
+    pub(super) async fn get(&mut self, group: BlockGroup) -> Result<&[u8]> {
+        let superblock = self.superblock;
+        let per_block = superblock.descriptors_per_block();
+        let index = group.0 / per_block;
+        if self.index != Some(index) {
+            let block = superblock.descriptor_block(index);
+            self.block = read_block(self.disk, self.place, superblock, block).await?;
+            self.index = Some(index);
+        }
+        let size = usize::from(superblock.descriptor_size);
+        let start = (group.0 % per_block) as usize * size;
+        let descriptor = &self.block[start..start + size];
+        group_descriptor::verify(&superblock.checksums, group, descriptor)?;
+        Ok(descriptor)
+    }
 }

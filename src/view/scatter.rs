@@ -283,6 +283,7 @@ fn scatter_superblock(
     if filesystem.side() == Side::Base {
         if superblock != superblock_in(&shared.served)? {
             volatile::reveal_free(&mut superblock, foreign_free);
+            volatile::reveal_features(&mut superblock, &superblock_in(&shared.stored)?);
         } else {
             superblock = superblock_in(&shared.stored)?;
         }

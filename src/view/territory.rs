@@ -378,7 +378,9 @@ impl Filesystem {
             Kind::InodeBitmap { group } => self.unless_owned(group, Composed::InodeBitmap(group)),
             Kind::InodeTable { group, .. } => self.unless_owned(group, Composed::Inodes(group)),
             Kind::Journal { .. } if self.side == Side::Base => Treatment::Journal,
-            Kind::Journal { .. } | Kind::OrphanFile { .. } => Treatment::Through,
+            Kind::Journal { .. } | Kind::OrphanFile { .. } | Kind::MultipleMount => {
+                Treatment::Through
+            }
             Kind::Boot => self.unless_child(Structure::Superblock, None),
             Kind::ReservedDescriptors => self.unless_child(Structure::Backup, Some(BlockGroup(0))),
             Kind::Backup { group } => self.unless_child(Structure::Backup, Some(group)),

@@ -312,6 +312,7 @@ impl Golden {
         let files = InternalFiles {
             journal: &extents(superblock.journal_inode),
             orphan_file: &extents(superblock.orphan_file_inode),
+            mmp: None,
         };
         Layout::new(&superblock, &self.table(), files).unwrap()
     }

@@ -92,6 +92,7 @@ mod tests {
     fn head(at: u32, sequence: u32) -> Head {
         let journal = JournalSuperblock {
             maxlen: 1024,
+            log_end: 1024,
             first: 1,
             sequence,
             start: at,
@@ -125,6 +126,7 @@ mod tests {
         other.format = LogFormat::new(
             &JournalSuperblock {
                 maxlen: 1024,
+                log_end: 1024,
                 first: 1,
                 sequence: 5,
                 start: 50,
