@@ -50,7 +50,7 @@ impl Ground {
                 Kind::BlockBitmap { group } => (2, Some(ground.owns(group))),
                 Kind::InodeBitmap { group } => (3, Some(ground.owns(group))),
                 Kind::InodeTable { group, .. } => (4, Some(ground.owns(group))),
-                Kind::Journal { .. } => (5, Some(true)),
+                Kind::Journal { .. } | Kind::MultipleMount => (5, Some(true)),
                 Kind::OrphanFile { .. } => (6, Some(true)),
                 Kind::Boot | Kind::Backup { .. } | Kind::ReservedDescriptors => {
                     (7, Some(owns_the_rest))
