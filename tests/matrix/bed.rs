@@ -155,6 +155,10 @@ impl Bed {
                       ea_set -f attribute top user.large\n";
         fs::write(self.path("script"), script).unwrap();
         self.run("debugfs -w -f script fs.raw");
+        if self.row.mke2fs.contains(&"ea_inode") {
+            // debugfs forgets such an inode's blocks in the count of its file.
+            self.try_run(&["e2fsck", "-fy", "fs.raw"]);
+        }
     }
 
     pub(crate) fn assert_clean(&self, raw: &str) {
