@@ -16,7 +16,7 @@ enum Step {
 }
 
 /// Groups whose structures follow each other regularly, up to the next span's.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Span {
     first: u32,
     step: Step,
@@ -25,7 +25,7 @@ struct Span {
 }
 
 /// The locations of all groups.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct LocationTable {
     blocks_per_group: u32,
     inode_table_blocks: u32,

@@ -341,7 +341,10 @@ fn assert_overlay_holds_nothing_foreign(scene: &Scene, ground: &Ground) {
                 }
                 false
             }
-            Kind::Superblock | Kind::Journal { .. } | Kind::OrphanFile { .. } => false,
+            Kind::Superblock
+            | Kind::Journal { .. }
+            | Kind::OrphanFile { .. }
+            | Kind::MultipleMount => false,
         };
         assert!(!is_foreign || own == theirs, "block {block}: {kind:?}");
     }
