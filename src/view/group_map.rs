@@ -211,7 +211,9 @@ impl Looked<'_> {
         for (kind, _, len) in self.probe.layout().pieces(range) {
             match kind {
                 Kind::Data { .. } => {}
-                Kind::Journal { .. } | Kind::OrphanFile { .. } => found.all += len,
+                Kind::Journal { .. } | Kind::OrphanFile { .. } | Kind::MultipleMount => {
+                    found.all += len;
+                }
                 _ => {
                     found.all += len;
                     found.own += len;

@@ -100,6 +100,11 @@ fn overhead(probe: &Probe) -> u64 {
     let layout = probe.layout();
     let structures = layout
         .pieces(0..probe.superblock().blocks_count)
-        .filter(|(kind, _, _)| !matches!(kind, Kind::Data { .. } | Kind::OrphanFile { .. }));
+        .filter(|(kind, _, _)| {
+            !matches!(
+                kind,
+                Kind::Data { .. } | Kind::OrphanFile { .. } | Kind::MultipleMount
+            )
+        });
     structures.map(|(_, FsBlock(_), len)| len).sum()
 }
