@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Pure functions: descriptors and compressed bytes come from a hostile image, and never lead to more than one
-//! cluster of output. Any thread may call them: [`compress`] takes the time that matters.
+//! cluster of output. Any thread may call them: [`compress`] and [`Decompressor::decompress`] take the time that matters.
 
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 use zstd::zstd_safe;
@@ -113,52 +113,84 @@ pub fn compress(
     }
 }
 
-/// Fills `cluster` from compressed bytes, which may be followed by others.
-///
-/// # Errors
-/// [`ErrorKind::Corrupt`] if they do not decompress to a whole cluster.
-pub fn decompress(
-    compression_type: CompressionType,
-    compressed: &[u8],
-    cluster: &mut [u8],
-) -> Result<()> {
-    match compression_type {
-        CompressionType::Deflate => inflate(compressed, cluster),
-        CompressionType::Zstd => decompress_zstd(compressed, cluster),
-    }
+/// What decompresses clusters; it keeps its memory from one to the next.
+pub struct Decompressor {
+    inflate: Decompress,
+    zstd: Option<zstd_safe::DCtx<'static>>,
 }
 
-fn inflate(compressed: &[u8], cluster: &mut [u8]) -> Result<()> {
-    let mut stream = Decompress::new(false);
-    let status = stream
-        .decompress(compressed, cluster, FlushDecompress::Finish)
-        .map_err(|error| damaged("deflate", error))?;
-    // A full cluster is all that counts, also when the stream would go on: stock QEMU reads it so.
-    let complete = stream.total_out() == cluster.len() as u64;
-    match status {
-        Status::Ok | Status::BufError | Status::StreamEnd if complete => Ok(()),
-        _ => Err(too_short("deflate", stream.total_out(), cluster)),
-    }
-}
-
-/// Frame by frame and straight into the cluster, so that no frame can ask for a window in memory.
-fn decompress_zstd(mut compressed: &[u8], cluster: &mut [u8]) -> Result<()> {
-    let mut context = zstd_safe::DCtx::try_create()
-        .ok_or_else(|| Error::new(ErrorKind::Io, "no memory to decompress a cluster (zstd)"))?;
-    let mut done = 0;
-    while done < cluster.len() {
-        if compressed.is_empty() {
-            return Err(too_short("zstd", done as u64, cluster));
+impl Default for Decompressor {
+    fn default() -> Self {
+        Self {
+            inflate: Decompress::new(false),
+            zstd: None,
         }
-        let frame = zstd_safe::find_frame_compressed_size(compressed).map_err(zstd_damaged)?;
-        let (frame, rest) = compressed
-            .split_at_checked(frame)
-            .ok_or_else(|| too_short("zstd", done as u64, cluster))?;
-        let room = cluster.get_mut(done..).unwrap_or_default();
-        done += context.decompress(room, frame).map_err(zstd_damaged)?;
-        compressed = rest;
     }
-    Ok(())
+}
+
+impl Decompressor {
+    /// Fills at least the first `wanted` bytes of `cluster` from compressed bytes, which may be followed by others.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if they do not decompress to as many bytes.
+    pub fn decompress(
+        &mut self,
+        compression_type: CompressionType,
+        compressed: &[u8],
+        cluster: &mut [u8],
+        wanted: usize,
+    ) -> Result<()> {
+        match compression_type {
+            CompressionType::Deflate => {
+                let prefix = cluster.get_mut(..wanted).unwrap_or_default();
+                self.inflate(compressed, prefix)
+            }
+            CompressionType::Zstd => self.decompress_zstd(compressed, cluster, wanted),
+        }
+    }
+
+    fn inflate(&mut self, compressed: &[u8], out: &mut [u8]) -> Result<()> {
+        let stream = &mut self.inflate;
+        stream.reset(false);
+        stream
+            .decompress(compressed, out, FlushDecompress::Finish)
+            .map_err(|error| damaged("deflate", error))?;
+        // What is wanted is all that counts, also when the stream would go on: stock QEMU reads it so.
+        if stream.total_out() == out.len() as u64 {
+            Ok(())
+        } else {
+            Err(too_short("deflate", stream.total_out(), out.len()))
+        }
+    }
+
+    /// Frame by frame and straight into the cluster, so that no frame can ask for a window in memory.
+    fn decompress_zstd(
+        &mut self,
+        mut compressed: &[u8],
+        cluster: &mut [u8],
+        wanted: usize,
+    ) -> Result<()> {
+        let context = match &mut self.zstd {
+            Some(context) => context,
+            none => none.insert(zstd_safe::DCtx::try_create().ok_or_else(|| {
+                Error::new(ErrorKind::Io, "no memory to decompress a cluster (zstd)")
+            })?),
+        };
+        let mut done = 0;
+        while done < wanted {
+            if compressed.is_empty() {
+                return Err(too_short("zstd", done as u64, wanted));
+            }
+            let frame = zstd_safe::find_frame_compressed_size(compressed).map_err(zstd_damaged)?;
+            let (frame, rest) = compressed
+                .split_at_checked(frame)
+                .ok_or_else(|| too_short("zstd", done as u64, wanted))?;
+            let room = cluster.get_mut(done..).unwrap_or_default();
+            done += context.decompress(room, frame).map_err(zstd_damaged)?;
+            compressed = rest;
+        }
+        Ok(())
+    }
 }
 
 fn damaged(method: &str, cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
@@ -173,12 +205,11 @@ fn zstd_damaged(code: zstd_safe::ErrorCode) -> Error {
     damaged("zstd", zstd_safe::get_error_name(code))
 }
 
-fn too_short(method: &str, bytes: u64, cluster: &[u8]) -> Error {
+fn too_short(method: &str, bytes: u64, wanted: usize) -> Error {
     Error::new(
         ErrorKind::Corrupt,
         format!(
-            "a compressed cluster decompresses to {bytes} bytes, not to {} ({method})",
-            cluster.len()
+            "a compressed cluster ends after {bytes} bytes, and {wanted} are wanted ({method})"
         ),
     )
 }
@@ -213,6 +244,15 @@ mod tests {
             CompressionType::Deflate => deflated(bytes),
             CompressionType::Zstd => zstd::bulk::compress(bytes, 3).unwrap(),
         }
+    }
+
+    fn decompress(
+        compression_type: CompressionType,
+        compressed: &[u8],
+        cluster: &mut [u8],
+    ) -> Result<()> {
+        let wanted = cluster.len();
+        Decompressor::default().decompress(compression_type, compressed, cluster, wanted)
     }
 
     const BOTH: [CompressionType; 2] = [CompressionType::Deflate, CompressionType::Zstd];
@@ -309,6 +349,30 @@ mod tests {
             let mut cluster = vec![0; CLUSTER];
             decompress(compression_type, &input, &mut cluster).unwrap();
             assert!(cluster == pattern(), "{compression_type:?}");
+        }
+    }
+
+    #[test]
+    fn a_prefix_is_the_whole_clusters_and_what_follows_it_may_be_damaged() {
+        let mut decompressor = Decompressor::default();
+        for compression_type in BOTH {
+            let mut input = compressed(compression_type, &pattern());
+            for wanted in [0, 1, 4095, CLUSTER / 2, CLUSTER] {
+                let mut cluster = vec![0xee; CLUSTER];
+                decompressor
+                    .decompress(compression_type, &input, &mut cluster, wanted)
+                    .unwrap();
+                assert!(
+                    cluster[..wanted] == pattern()[..wanted],
+                    "{compression_type:?}"
+                );
+            }
+            let end = input.len() - 8;
+            input.truncate(end);
+            let mut cluster = vec![0; CLUSTER];
+            let prefix = decompressor.decompress(compression_type, &input, &mut cluster, 4096);
+            // A frame of zstd is a whole.
+            assert_eq!(prefix.is_ok(), compression_type == CompressionType::Deflate);
         }
     }
 

@@ -5,7 +5,8 @@
 //! Waiting (held across I/O), outermost first: `clusters` (guest clusters whose entries are being changed) →
 //! `tables` (L1 entries whose table is being made) → `packing` → `flushing` → `header` → loads inside a
 //! [`TableCache`]. A task holds at most one of each.
-//! Spinning (std locks, never across an await): the allocator's → a cache shard's → a slice's → a dirty list's.
+//! Spinning (std locks, never across an await): the allocator's → a cache shard's → a slice's → a dirty list's; that of
+//! the decompressed clusters is taken alone.
 
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
@@ -17,6 +18,7 @@ use super::cache_budget::{CacheBudget, CacheSize};
 use super::check::repair_if_dirty;
 use super::commitment::nominal_clusters;
 use super::data_file::DataFile;
+use super::decompressed::Decompressed;
 use super::geometry::{Geometry, to_usize};
 use super::grace::Grace;
 use super::header::{CompressionType, Header};
@@ -66,6 +68,8 @@ pub struct Qcow2 {
     pub(super) clusters: RangeLock,
     /// L1 entries whose L2 table is being made.
     pub(super) tables: RangeLock,
+    /// Compressed clusters that were read lately.
+    pub(super) decompressed: Decompressed,
     /// Locked while compressed data is given a place.
     pub(super) packing: async_lock::Mutex<()>,
     /// Flushes begun so far.
@@ -191,6 +195,7 @@ impl Qcow2 {
             sparse_on_host: OnceLock::new(),
             clusters: RangeLock::default(),
             tables: RangeLock::default(),
+            decompressed: Decompressed::new(geometry.cluster_size()),
             packing: async_lock::Mutex::new(()),
             flushes_begun: AtomicU64::new(0),
             flushing: async_lock::Mutex::new(0),

@@ -27,6 +27,7 @@ pub mod compressed;
 mod cow;
 pub mod create;
 pub mod data_file;
+mod decompressed;
 pub mod dump;
 mod engine;
 mod entry;

@@ -161,6 +161,7 @@ impl Qcow2 {
         let old = slice.read(|bytes| self.entry_in(bytes, entry_offset, at));
         let old = self.judge(old).await?;
         let extent = self.place_compressed(len).await?;
+        self.decompressed.forget(extent);
         let new = L2Entry::Compressed(extent);
         let taken = Taken::references(references(&self.geometry, &new));
         let unless_dropped = self.reclaim_if_dropped(&taken);

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::compressed::{CompressedExtent, decompress};
 use super::engine::Qcow2;
 use super::geometry::to_usize;
 use super::join::{Piece, join_all};
@@ -64,12 +63,10 @@ impl Qcow2 {
                 buf.zero(0..buf.len());
                 Piece::ready(Ok(()))
             }
-            ReadMapping::Compressed(extent) => Piece::boxed(async move {
+            ReadMapping::Compressed(extent) => {
                 let within = to_usize(self.geometry.within_cluster(at.0));
-                let cluster = self.read_compressed(extent).await?;
-                buf.copy_from_buf(0, &cluster.slice(within..within + buf.len()));
-                Ok(())
-            }),
+                Piece::boxed(self.read_part_of_compressed(extent, within, buf))
+            }
         }
     }
 
@@ -111,23 +108,5 @@ impl Qcow2 {
             .map_or(0, |backing: &Arc<dyn Image>| backing.virtual_size());
         let end = size.min(self.virtual_size);
         usize::try_from(end.saturating_sub(at.0)).map_or(len, |backed| backed.min(len))
-    }
-
-    /// The whole guest cluster whose compressed data lies at `extent`.
-    ///
-    /// # Errors
-    /// The storage's; [`ErrorKind::Corrupt`] if the data does not decompress. That spoils this cluster alone.
-    pub(super) async fn read_compressed(&self, extent: CompressedExtent) -> Result<IoBuf> {
-        let input = IoBuf::zeroed(to_usize(extent.len));
-        self.storage.readv(extent.at, input.clone()).await?;
-        let mut cluster = vec![0; to_usize(self.geometry.cluster_size())];
-        decompress(self.compression_type, &input.to_vec(), &mut cluster).context(|| {
-            format!(
-                "{}: compressed data at {:#x}",
-                self.storage.name(),
-                extent.at
-            )
-        })?;
-        Ok(IoBuf::from_bytes(&cluster))
     }
 }

@@ -19,6 +19,7 @@ use super::stop::Stop;
 use super::thread_name;
 use super::worker::{Setup, Worker};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::keep_this_thread_responsive;
 
 /// Where the three parts of a vring lie.
 #[derive(Clone, Copy, Debug)]
@@ -265,6 +266,7 @@ fn start_worker(name: String, setup: Setup) -> Result<JoinHandle<u16>> {
             Ok(worker) => {
                 // The session waits for this; it cannot have gone away.
                 let _ = report.send(Ok(()));
+                keep_this_thread_responsive();
                 worker.run()
             }
             Err(error) => {

@@ -269,3 +269,37 @@ fn nothing_is_packed_behind_data_that_ends_with_its_cluster() {
     let found = read_range(&image, plain.0..plain.0 + 65536).unwrap();
     assert!(found.iter().all(|byte| *byte == 7));
 }
+
+#[test]
+fn what_is_kept_in_memory_goes_when_its_place_holds_another_cluster() {
+    let chain = chain("cluster_size=64k", 1 << 20, 3);
+    let image = open_top(&chain);
+    let mut wanted: Vec<Vec<u8>> = Vec::new();
+    for round in 0..200u64 {
+        let number = round % 4;
+        let bytes = cluster_of(&image, round);
+        write(&image, number, &bytes).unwrap();
+        match wanted.get_mut(usize::try_from(number).unwrap()) {
+            Some(old) => *old = bytes,
+            None => wanted.push(bytes),
+        }
+        for (number, bytes) in (0..).zip(&wanted) {
+            // The second time, and from then on, they come from memory.
+            for part in [0..512, 4096..8192, 60_000..65_536] {
+                let at = number * image.cluster_size();
+                let found = read_range(&image, at + part.start..at + part.end).unwrap();
+                let part = usize::try_from(part.start).unwrap()..usize::try_from(part.end).unwrap();
+                assert!(
+                    found == bytes[part.clone()],
+                    "round {round}: {number} {part:?}"
+                );
+            }
+        }
+        // Gives the room of what was overwritten back.
+        block_on(image.flush()).unwrap();
+    }
+    assert!(
+        chain.top().len() < 2 << 20,
+        "no place was used a second time"
+    );
+}
