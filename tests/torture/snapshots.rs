@@ -101,7 +101,10 @@ impl Bed {
             let began = self.now();
             match self.image.map_write(offset(sector), 512) {
                 Mapped::Extent { storage, at, guard } => {
-                    pause(&mut rng).await;
+                    if rng.random_range(0..4) == 0 {
+                        // Longer than it takes to take a snapshot.
+                        turns(rng.random_range(0..4000)).await;
+                    }
                     storage.writev(at, guard.held_by(buf)).await.unwrap();
                 }
                 _ => self.image.write(offset(sector), buf).await.unwrap(),
@@ -250,7 +253,11 @@ impl Bed {
 
 /// Lets others go first, now and then.
 async fn pause(rng: &mut StdRng) {
-    let mut turns = rng.random_range(0..4);
+    turns(rng.random_range(0..4)).await;
+}
+
+/// Lets others go first, so many times.
+async fn turns(mut turns: u32) {
     poll_fn(|context| {
         if turns == 0 {
             return Poll::Ready(());
