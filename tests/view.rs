@@ -612,12 +612,22 @@ fn while_a_journal_is_replayed_refused_writes_are_dropped() {
     );
 
     let view = bed.open_child("tom", &child.overlay, &child.declaration);
+    assert!(
+        write(&view, foreign, &[1; 4096]).is_err(),
+        "a guest that stays mounted reads no journal"
+    );
+    assert!(matches!(
+        view.map_read(GuestOffset(journal), 4096),
+        Mapped::Slow
+    ));
+    assert_eq!(read(&view, journal, 1024), open[..1024]);
+    let failed = view.refusals().count(Structure::Data);
     assert!(matches!(
         view.map_write(GuestOffset(foreign + 4096), 4096),
         Mapped::Slow
     ));
     write(&view, foreign, &[7; 8192]).unwrap();
-    assert_eq!(view.refusals().count(Structure::Data), 1);
+    assert_eq!(view.refusals().count(Structure::Data), failed + 1);
     assert_eq!(
         read(&view, foreign + 4096, 4096),
         [7; 4096],
@@ -626,14 +636,27 @@ fn while_a_journal_is_replayed_refused_writes_are_dropped() {
     assert!(bed.storage.contents() == before);
     assert!(read(&view, foreign, 4096) != [7; 4096]);
 
+    write(&view, journal + 8192, &[0; 4096]).unwrap();
+    assert!(
+        write(&view, foreign, &[7; 4096]).is_err(),
+        "a guest that commits has recovered"
+    );
+    read(&view, journal + 512, 512);
+    write(&view, foreign, &[7; 4096]).unwrap();
     write(&view, journal, &clean).unwrap();
+    read(&view, journal, 4096);
     assert_eq!(
         write(&view, foreign, &[7; 4096]).unwrap_err().kind(),
         ErrorKind::Refused
     );
     write(&view, journal, &open).unwrap();
-    block_on(view.begin_session()).unwrap();
+    read(&view, journal, 4096);
     write(&view, foreign, &[7; 4096]).unwrap();
+    block_on(view.begin_session()).unwrap();
+    assert!(
+        write(&view, foreign, &[7; 4096]).is_err(),
+        "another guest, which has read no journal yet"
+    );
 }
 
 fn reseal_journal(bytes: &mut [u8]) {

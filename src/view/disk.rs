@@ -13,6 +13,7 @@ use super::ledger::Ledger;
 use super::refresh::Refresher;
 use super::refusal::{Answer, Operation, Refusal, Refusals};
 use super::route::{Piece, Pieces, Route, Treatment};
+use super::session::journal_superblock;
 use super::territory::{Filesystem, Side, Territory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Allocation, Image, ImageFuture, Limits, Mapped};
@@ -38,8 +39,10 @@ pub struct View {
     pub(super) in_place: Option<InPlace>,
     /// What says that they are this child's to write.
     holding: Option<Holding>,
-    /// Whether the guest still has to replay its journal: see [`super::session`].
+    /// Whether the guest is replaying its journal: see [`super::session`].
     pub(super) recovering: AtomicBool,
+    /// Where the superblock of the guest's journal is.
+    pub(super) journal_superblock: Option<GuestOffset>,
 }
 
 /// What a view is made of.
@@ -101,15 +104,10 @@ impl Payload {
 
 impl View {
     /// The view of the VM that owns `territory`.
-    ///
-    /// # Errors
-    /// Those of reading the journal's superblock.
-    pub async fn open(
-        stores: Stores,
-        territory: Territory,
-        refusals: Arc<Refusals>,
-    ) -> Result<Self> {
-        let view = Self {
+    #[must_use]
+    pub fn new(stores: Stores, territory: Territory, refusals: Arc<Refusals>) -> Self {
+        Self {
+            journal_superblock: journal_superblock(&territory),
             own: stores.own,
             truth: stores.truth,
             committed: stores.committed,
@@ -120,9 +118,7 @@ impl View {
             in_place: stores.in_place,
             holding: stores.holding,
             recovering: AtomicBool::new(false),
-        };
-        view.start_session().await?;
-        Ok(view)
+        }
     }
 
     /// The refusals so far.
@@ -181,6 +177,9 @@ impl View {
     async fn read_pieces(&self, at: GuestOffset, buf: IoBuf) -> Result<()> {
         let len = buf.len() as u64;
         self.check_bounds(at, len)?;
+        if self.takes_in_journal_superblock(at, len) {
+            self.note_journal_read().await?;
+        }
         if let Some(store) = self.store_of(at, len) {
             return store.read(at, buf).await;
         }
@@ -348,6 +347,9 @@ impl Image for View {
     }
 
     fn map_read(&self, at: GuestOffset, len: u64) -> Mapped {
+        if self.takes_in_journal_superblock(at, len) {
+            return Mapped::Slow;
+        }
         match self.store_of(at, len) {
             Some(store) => store.map_read(at, len),
             None => Mapped::Slow,

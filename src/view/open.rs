@@ -92,7 +92,7 @@ pub async fn open_base_through(vm: &str, base: &SharedBase, disk: Arc<dyn Image>
         in_place: None,
         holding: None,
     };
-    View::open(stores, territory, Arc::new(Refusals::new(vm))).await
+    Ok(View::new(stores, territory, Arc::new(Refusals::new(vm))))
 }
 
 /// The view of a child's VM, called `vm`, whose overlay is `overlay`; for a child that writes no shared region, because
@@ -147,7 +147,8 @@ async fn open_claiming(
             }),
             holding,
         };
-        View::open(stores, territory, Arc::new(Refusals::new(vm))).await
+        let refusals = Arc::new(Refusals::new(vm));
+        Ok::<_, Error>(View::new(stores, territory, refusals))
     };
     opened
         .await

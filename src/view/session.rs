@@ -1,22 +1,33 @@
-//! A device session: from one front-end's coming to the next, and what its guest has to recover.
+//! Whether a guest is recovering its journal.
 //!
 //! A guest that was cut off replays its journal when it mounts again. A block in it that is not the VM's to
 //! write (a root user wrote it) would make every mount fail. So while a guest recovers, refused writes
-//! are dropped rather than failed. A guest recovers if the superblock of its own journal says that there is
-//! something to replay (`s_start` is not 0) when the session begins, and until it writes that superblock again,
-//! which a kernel does when all has been replayed.
+//! are dropped rather than failed.
+//!
+//! A guest recovers from when it reads the superblock of its own journal, and that says that there is something to replay
+//! (`s_start` is not 0), until it writes anything to the journal. A kernel reads that superblock when it mounts and at no
+//! other time, and writes nothing to the journal before all has been replayed; then it writes the superblock. So a guest
+//! that stays mounted while the daemon is restarted, or its front-end comes back, is never taken for one that recovers:
+//! it reads no journal. A root user who reads the journal of a mounted filesystem has its own refused writes dropped,
+//! until the next commit: what it hears changes, not what is written.
 
 use std::sync::atomic::Ordering;
 
 use super::compose::{read_bytes, superblock_in};
 use super::disk::View;
 use super::lease::Unmounted;
-use super::territory::Filesystem;
+use super::territory::{Filesystem, Territory};
 use crate::error::Result;
 use crate::ext4::jbd2::{JOURNAL_SUPERBLOCK_SIZE, JournalSuperblock};
 use crate::ext4::superblock::Superblock;
 use crate::image::Image;
 use crate::units::GuestOffset;
+
+/// Where the superblock of the VM's own journal lies on the disk.
+pub(super) fn journal_superblock(territory: &Territory) -> Option<GuestOffset> {
+    let filesystem = territory.filesystem()?;
+    Some(filesystem.offset_of(filesystem.journal_start()?))
+}
 
 /// Whether the VM whose own store is `own` has unmounted `filesystem` cleanly: its superblock says so, and its journal
 /// has nothing to bring to its place. What cannot be read was not unmounted.
@@ -53,12 +64,23 @@ impl View {
         }
     }
 
-    /// Looks whether the guest has a journal to replay.
-    pub(super) async fn start_session(&self) -> Result<()> {
-        let recovering = self.has_to_replay().await?;
-        self.recovering.store(recovering, Ordering::Release);
-        if recovering {
-            log::info!(
+    /// Another guest, or the same one, begins: what it does next tells whether it recovers.
+    pub(super) fn start_session(&self) {
+        self.recovering.store(false, Ordering::Release);
+    }
+
+    /// Whether any byte of the superblock of the guest's journal is among `len` bytes at `at`.
+    pub(super) fn takes_in_journal_superblock(&self, at: GuestOffset, len: u64) -> bool {
+        self.journal_superblock.is_some_and(|journal| {
+            let end = journal.0.saturating_add(JOURNAL_SUPERBLOCK_SIZE as u64);
+            at.0 < end && journal.0 < at.0.saturating_add(len)
+        })
+    }
+
+    /// Begins recovery, if the guest now reads that there is something to replay.
+    pub(super) async fn note_journal_read(&self) -> Result<()> {
+        if self.has_to_replay().await? && !self.recovering.swap(true, Ordering::AcqRel) {
+            log::debug!(
                 "vm {}: its journal has to be replayed; until then refused writes are dropped, not failed",
                 self.refusals.vm()
             );
@@ -67,7 +89,7 @@ impl View {
     }
 
     async fn has_to_replay(&self) -> Result<bool> {
-        let (Some(at), Some(filesystem)) = (self.journal_superblock(), self.territory.filesystem())
+        let (Some(at), Some(filesystem)) = (self.journal_superblock, self.territory.filesystem())
         else {
             return Ok(false);
         };
@@ -81,21 +103,19 @@ impl View {
         Ok(journal.is_ok_and(|journal| !journal.is_empty()))
     }
 
-    /// Ends recovery once the guest has written its journal's superblock.
+    /// Ends recovery once the guest has written to its journal.
     pub(super) fn note_recovery_progress(&self, at: GuestOffset, len: u64) {
+        let Some(filesystem) = self.territory.filesystem() else {
+            return;
+        };
         let end = at.0.saturating_add(len);
-        let written = self
-            .journal_superblock()
-            .is_some_and(|journal| at <= journal && journal.0 < end);
+        let written = filesystem.journal().iter().any(|extent| {
+            let start = filesystem.offset_of(extent.start).0;
+            let bytes = u64::from(extent.len).saturating_mul(filesystem.block_size() as u64);
+            at.0 < start.saturating_add(bytes) && start < end
+        });
         if written && self.recovering.swap(false, Ordering::AcqRel) {
-            log::info!("vm {}: its journal has been replayed", self.refusals.vm());
+            log::debug!("vm {}: its journal has been replayed", self.refusals.vm());
         }
-    }
-
-    /// Where the superblock of the VM's own journal lies on the disk.
-    fn journal_superblock(&self) -> Option<GuestOffset> {
-        let filesystem = self.territory.filesystem()?;
-        let block = filesystem.journal_start()?;
-        Some(filesystem.offset_of(block))
     }
 }

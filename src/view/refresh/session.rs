@@ -18,7 +18,7 @@ impl View {
 
     /// What [`crate::image::Image::begin_session`] does.
     pub(in crate::view) async fn begin_session_of_guest(&self) -> Result<()> {
-        self.start_session().await?;
+        self.start_session();
         match &self.refresher {
             Some(refresher) => refresher.begin(self.mounted().await?).await,
             None => Ok(()),
