@@ -382,4 +382,32 @@ mod tests {
         assert!(judge_l2(&short, 0x10_0000, 0).faults.is_empty());
         assert!(!judge_l2(&short, 0x11_0000, 0).faults.is_empty());
     }
+
+    #[test]
+    fn in_a_data_file_every_place_is_sound_and_none_counts_and_nothing_is_compressed() {
+        for extended in [false, true] {
+            let bounds = Bounds {
+                has_data_file: true,
+                ..bounds(extended)
+            };
+            // Offset 0, which only the flag tells from no place; and one that the image file does not reach.
+            for place in [0, 0x40_0000] {
+                let entry = (COPIED | place, u64::from(extended));
+                let verdict = judge_l2(&bounds, entry.0, entry.1);
+                assert_eq!(verdict.faults, vec![], "{place:#x}");
+                assert_eq!(verdict.mended, entry);
+                assert_eq!(verdict.target, Target::Cluster(HostOffset(place)));
+                assert!(!verdict.is_counted);
+            }
+            let verdict = judge_l2(&bounds, COMPRESSED | 0x1_2345, 0);
+            assert_eq!(verdict.faults, vec![Fault::CompressedInDataFile]);
+            assert_eq!(verdict.target, Target::Nothing);
+            let zeros = if extended {
+                (0, 0xffff_ffff << 32)
+            } else {
+                (1, 0)
+            };
+            assert_eq!(verdict.mended, zeros);
+        }
+    }
 }

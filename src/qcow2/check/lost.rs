@@ -5,16 +5,23 @@
 //! 1. One table stands in for as many as its refcount can count, so that what a broken L1 table makes of the file is
 //!    bounded.
 //! 2. A version 2 image has no zero flag, and one without a backing image needs none: there the entry becomes empty.
+//! 3. A table that is cut off stays so until none of its entries is missing: the file grows sector by sector, each
+//!    full of entries that lead nowhere, before anything lies behind. Whenever the power goes, what is lost is still
+//!    seen to be lost: its entries are broken, or cut off behind a broken one.
 
-use super::super::entry::READS_ZERO;
+use super::super::entry::{OFFSET, READS_ZERO};
+use super::super::geometry::to_usize;
 use super::checker::Checker;
 use super::entries::judge_l1;
 use super::report::Severity;
+use super::snapshots::L1Place;
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::HostOffset;
+use crate::units::{HostOffset, SECTOR_SIZE};
 
 /// The most tables that stand in for lost ones.
 const MOST: u64 = 1024;
+/// An L1 entry that leads nowhere: no file is that long.
+const NOWHERE: u64 = OFFSET;
 
 /// The table that stands in for lost ones.
 #[derive(Debug, Default)]
@@ -62,6 +69,45 @@ impl Checker<'_> {
         Ok(mended)
     }
 
+    /// Whether an L1 table begins within the file and ends behind it: further than an incomplete cluster explains, or
+    /// where a repair was cut short (invariant 3).
+    ///
+    /// # Errors
+    /// The storage's.
+    pub(super) async fn is_cut_off(&self, table: L1Place) -> Result<bool> {
+        let (at, len, end) = (table.at.0, table.entries * 8, self.bounds.file_len);
+        if end <= at || at.saturating_add(len) <= end {
+            return Ok(false);
+        }
+        if !self.bounds.holds(at, len) {
+            return Ok(true);
+        }
+        let Some(last) = (end / 8 * 8).checked_sub(8).filter(|last| *last >= at) else {
+            return Ok(false);
+        };
+        Ok(self.read(HostOffset(last), 8).await? == NOWHERE.to_be_bytes())
+    }
+
+    /// Lets the file grow to where the last of the L1 tables ends that it cuts off (invariant 3).
+    ///
+    /// # Errors
+    /// The storage's.
+    pub(super) async fn mark_cut_off(&self, tables: &[L1Place]) -> Result<()> {
+        let ends = tables.iter().map(|table| table.at.0 + table.entries * 8);
+        let (Some(end), true) = (ends.max(), self.has_stand_ins()) else {
+            return Ok(());
+        };
+        let mut from = self.bounds.file_len.next_multiple_of(8);
+        while from < end {
+            let to = (from + 1).next_multiple_of(SECTOR_SIZE).min(end);
+            let words = NOWHERE.to_be_bytes().repeat(to_usize((to - from) / 8));
+            self.write(HostOffset(from), &words).await?;
+            self.storage.flush().await?;
+            from = to;
+        }
+        Ok(())
+    }
+
     /// Has the entries of an L1 table lead to stand-ins that a file cut off at `old_len` has lost.
     ///
     /// # Errors
@@ -103,13 +149,17 @@ impl Checker<'_> {
         }
     }
 
+    /// Invariant 2.
+    fn has_stand_ins(&self) -> bool {
+        self.header.backing_file.is_some() && self.bounds.geometry.has_zero_flag()
+    }
+
     /// The L1 entry in place of one that is lost. The table that it leads to is not durable yet.
     ///
     /// # Errors
     /// The storage's; [`ErrorKind::Unsupported`] if that would take too many tables.
     async fn stand_in(&mut self) -> Result<u64> {
-        // Invariant 2.
-        if self.header.backing_file.is_none() || !self.bounds.geometry.has_zero_flag() {
+        if !self.has_stand_ins() {
             return Ok(0);
         }
         let at = match self.stand_in.at {
@@ -135,7 +185,7 @@ impl Checker<'_> {
             READS_ZERO.to_be_bytes().to_vec()
         };
         let entries = self.header.l2_entries();
-        let table = entry.repeat(super::super::geometry::to_usize(entries));
+        let table = entry.repeat(to_usize(entries));
         let at = self.append(&table).await?;
         self.stand_in = StandIn {
             at: Some(at),
@@ -150,29 +200,42 @@ impl Checker<'_> {
 mod tests {
     use std::sync::Arc;
 
-    use super::super::mend::tests::{image_of, image_with};
+    use super::super::mend::tests::{image_of, image_with, open};
     use super::super::{Repair, Repaired, repair};
     use super::*;
     use crate::image::{Access, Image};
     use crate::progress::Progress;
     use crate::qcow2::Qcow2;
     use crate::qcow2::create::{BackingReference, CreateOptions};
-    use crate::storage::{MemoryStorage, Storage};
+    use crate::storage::{CrashStorage, Delays, Lost, MemoryStorage, Storage};
     use crate::sys::{IoBuf, block_on};
     use crate::units::GuestOffset;
 
     const COPIED: u64 = 1 << 63;
 
-    fn overlay(cluster_size: u64) -> Arc<MemoryStorage> {
+    fn overlay(cluster_size: u64, size: u64) -> Arc<MemoryStorage> {
         let options = CreateOptions {
             cluster_size,
             backing: Some(BackingReference {
                 file: "base".into(),
                 format: "qcow2".to_owned(),
             }),
-            ..CreateOptions::new(8 << 20)
+            ..CreateOptions::new(size)
         };
         image_of(&options, 64 << 10)
+    }
+
+    /// An overlay whose L1 table is cut off behind so many bytes.
+    fn cut_off(cluster_size: u64, size: u64, left: usize) -> Arc<MemoryStorage> {
+        let storage = overlay(cluster_size, size);
+        let (at, end) = (
+            word(&storage, 40),
+            storage.len().next_multiple_of(cluster_size),
+        );
+        let l1 = storage.contents()[usize::try_from(at).unwrap()..][..left].to_vec();
+        put(&storage, end, &l1);
+        put(&storage, 40, &end.to_be_bytes());
+        storage
     }
 
     fn word(storage: &MemoryStorage, at: u64) -> u64 {
@@ -193,20 +256,31 @@ mod tests {
         (work.unwrap(), lines)
     }
 
-    /// What the disk reads at `at` over a backing image full of sevens.
-    fn read(storage: &Arc<MemoryStorage>, at: u64) -> u8 {
-        let sevens = image_with(8 << 20) as Arc<dyn Storage>;
-        let backing = block_on(Qcow2::open(sevens, None, Access::ReadOnly)).unwrap();
+    /// A backing image full of sevens.
+    fn sevens(size: u64) -> Arc<Qcow2> {
+        let storage = image_of(&CreateOptions::new(size), usize::try_from(size).unwrap());
+        Arc::new(open(&storage, Access::ReadOnly))
+    }
+
+    /// What the disk reads at these places over a backing image.
+    fn read<const N: usize>(
+        storage: &Arc<MemoryStorage>,
+        backing: &Arc<Qcow2>,
+        places: [u64; N],
+    ) -> [u8; N] {
         let storage = Arc::clone(storage) as Arc<dyn Storage>;
-        let disk = Qcow2::open(storage, Some(Arc::new(backing)), Access::ReadOnly);
-        let buf = IoBuf::zeroed(512);
-        block_on(async { disk.await.unwrap().read(GuestOffset(at), buf.clone()).await }).unwrap();
-        buf.to_vec()[0]
+        let backing = Arc::clone(backing) as Arc<dyn Image>;
+        let disk = block_on(Qcow2::open(storage, Some(backing), Access::ReadOnly)).unwrap();
+        places.map(|at| {
+            let buf = IoBuf::zeroed(512);
+            block_on(disk.read(GuestOffset(at), buf.clone())).unwrap();
+            buf.to_vec()[0]
+        })
     }
 
     #[test]
     fn what_a_lost_table_led_to_reads_as_zeros_and_not_as_the_backing_image() {
-        let storage = overlay(4096);
+        let storage = overlay(4096, 8 << 20);
         let l1 = word(&storage, 40);
         for (entry, lost) in [(1, COPIED | 1 << 40), (3, COPIED | 0x1200)] {
             put(&storage, l1 + entry * 8, &lost.to_be_bytes());
@@ -214,25 +288,42 @@ mod tests {
         let (repaired, lines) = work(&storage, Repair::All);
         assert!(repaired.after.is_clean(), "{lines}");
         assert!(lines.contains("L1 entry 3"), "{lines}");
-        let found = [0, 2 << 20, 4 << 20, 6 << 20].map(|at| read(&storage, at));
+        let found = read(&storage, &sevens(8 << 20), [0, 2 << 20, 4 << 20, 6 << 20]);
         assert_eq!(found, [7, 0, 7, 0]);
     }
 
     #[test]
     fn what_an_l1_table_has_lost_at_its_end_reads_as_zeros() {
-        let storage = overlay(512);
-        let (at, end) = (word(&storage, 40), storage.len().next_multiple_of(512));
-        let bytes = storage.contents();
-        let l1 = &bytes[usize::try_from(at).unwrap()..][..512];
-        put(&storage, end, l1);
-        put(&storage, 40, &end.to_be_bytes());
         // 64 of 256 entries are left, for 32 KiB each.
-        assert_eq!(storage.len(), end + 512);
+        let storage = cut_off(512, 8 << 20, 512);
         let (repaired, lines) = work(&storage, Repair::All);
         assert!(repaired.after.is_clean(), "{lines}");
         assert!(lines.contains("L1 entries 64 to 255"), "{lines}");
-        let found = [0, 1 << 20, 2 << 20, (8 << 20) - 512].map(|at| read(&storage, at));
+        let places = [0, 1 << 20, 2 << 20, (8 << 20) - 512];
+        let found = read(&storage, &sevens(8 << 20), places);
         assert_eq!(found, [7, 7, 0, 0]);
+    }
+
+    #[test]
+    fn a_power_cut_while_a_table_grows_leaves_what_is_lost_to_read_as_zeros() {
+        const SIZE: u64 = 24 << 20;
+        let backing = sevens(SIZE);
+        // 8 of 192 entries are left, for 128 KiB each, and more than a cluster is missing.
+        let storage = cut_off(1024, SIZE, 64);
+        let crash = CrashStorage::new(storage.contents(), Delays::none());
+        let progress = Progress::default();
+        block_on(repair(&crash, Repair::All, &mut |_| {}, &progress)).unwrap();
+        for cut in crash.moments() {
+            for seed in 0..4 {
+                let left = crash.after_power_cut(cut, Lost::Some { seed });
+                let left = Arc::new(MemoryStorage::new(left));
+                let (repaired, lines) = work(&left, Repair::All);
+                assert!(repaired.after.is_clean(), "{cut:?} {seed}: {lines}");
+                let places = [0, 512 << 10, 1 << 20, 10 << 20, 20 << 20, SIZE - 512];
+                let found = read(&left, &backing, places);
+                assert_eq!(found, [7, 7, 0, 0, 0, 0], "{cut:?} {seed}: {lines}");
+            }
+        }
     }
 
     #[test]
@@ -271,5 +362,32 @@ mod tests {
         // The entry without a reference keeps its flag: the others are nobody's business.
         assert!(repaired.after.corruptions > 0, "{lines}");
         assert_eq!(word(&storage, l2) & COPIED, COPIED, "{lines}");
+    }
+
+    /// What freeing leaks leaves of the first entry of the first L2 table, which lacks its flag, if another entry holds
+    /// what `other` makes of the table's place and the first entry's.
+    fn flag_after_freeing_leaks(other: impl FnOnce(u64, u64) -> u64) -> u64 {
+        let storage = image_with(64 << 10);
+        let l2 = word(&storage, word(&storage, 40)) & !COPIED;
+        let data = word(&storage, l2) & !COPIED;
+        put(&storage, l2, &data.to_be_bytes());
+        put(&storage, l2 + 8, &other(l2, data).to_be_bytes());
+        let (repaired, lines) = work(&storage, Repair::Leaks);
+        assert_eq!(
+            (repaired.before.leaks, repaired.after.leaks),
+            (1, 0),
+            "{lines}"
+        );
+        word(&storage, l2) & COPIED
+    }
+
+    #[test]
+    fn freeing_leaks_sets_flags_only_in_tables_and_of_clusters_that_are_nothing_else() {
+        // Nothing but a leak and a flag is wrong: it is set.
+        assert_eq!(flag_after_freeing_leaks(|_, _| 0), COPIED);
+        // A second reference that the refcount does not know of.
+        assert_eq!(flag_after_freeing_leaks(|_, data| data), 0);
+        // The table is somebody's data.
+        assert_eq!(flag_after_freeing_leaks(|l2, _| l2), 0);
     }
 }

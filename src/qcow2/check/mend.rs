@@ -48,15 +48,23 @@ impl Checker<'_> {
         let silent = std::mem::replace(&mut self.voice, Voice::Silent);
         let snapshots = self.read_snapshots().await?;
         self.voice = silent;
-        let l1_tables: Vec<L1Place> = [self.active_l1()]
-            .into_iter()
-            .chain(snapshots.tables)
-            .collect();
-        let end = l1_tables
+        let l1_tables = [self.active_l1()].into_iter().chain(snapshots.tables);
+        let mut cut_off = Vec::new();
+        for table in l1_tables {
+            if self.is_cut_off(table).await? {
+                cut_off.push(table);
+            }
+        }
+        let end = cut_off
             .iter()
             .map(|table| (table.at, table.entries * 8))
-            .chain([refcounts, (self.header.snapshots_offset, snapshots.len)])
-            .filter(|(at, len)| at.0 < self.bounds.file_len && !self.bounds.holds(at.0, *len))
+            .chain(
+                [refcounts, (self.header.snapshots_offset, snapshots.len)]
+                    .into_iter()
+                    .filter(|(at, len)| {
+                        at.0 < self.bounds.file_len && !self.bounds.holds(at.0, *len)
+                    }),
+            )
             .filter_map(|(at, len)| at.0.checked_add(len))
             .max();
         if let Some(end) = end {
@@ -64,10 +72,14 @@ impl Checker<'_> {
                 Severity::Repair,
                 format!("tables reach beyond the end of the file: it grows to {end} bytes"),
             );
-            self.storage.set_len(end).await?;
-            self.storage.flush().await?;
-            let cut_at = std::mem::replace(&mut self.bounds.file_len, self.storage.len());
-            for table in l1_tables.iter().filter(|table| table.at.0 < cut_at) {
+            let cut_at = self.bounds.file_len;
+            self.mark_cut_off(&cut_off).await?;
+            if self.storage.len() < end {
+                self.storage.set_len(end).await?;
+                self.storage.flush().await?;
+            }
+            self.bounds.file_len = self.storage.len();
+            for table in cut_off {
                 self.replace_cut_off(table.at, table.entries, cut_at)
                     .await?;
             }

@@ -228,4 +228,62 @@ mod tests {
         assert!(error.to_string().contains("checking"), "{error}");
         assert_eq!(error.kind(), ErrorKind::Corrupt);
     }
+
+    /// What a check tells of the snapshot table when a field of its first entry holds `value`.
+    fn told_of_snapshot(field: u64, value: u32) -> String {
+        let storage = image();
+        let at = storage.len().next_multiple_of(512);
+        let storage = with_snapshots(&[(at + 512, 1), (at + 1024, 1)]);
+        put(&storage, at + 1024, &[0; 512]);
+        put(&storage, at + field, &value.to_be_bytes());
+        let (report, lines) = check_within(storage.as_ref(), MEMORY);
+        assert!(report.corruptions > 0);
+        lines.join("\n")
+    }
+
+    #[test]
+    fn snapshots_beyond_the_limits_are_told_and_not_followed() {
+        let told = told_of_snapshot(8, (4 << 20) + 1);
+        assert!(
+            told.contains("entry 0: its L1 table is too large"),
+            "{told}"
+        );
+        let told = told_of_snapshot(36, 1025);
+        assert!(
+            told.contains("entry 0: it has too much extra data"),
+            "{told}"
+        );
+        let told = told_of_snapshot(36, 65 << 20);
+        assert!(
+            told.contains("2 entries lie beyond its largest size"),
+            "{told}"
+        );
+    }
+
+    #[test]
+    fn an_l1_table_of_many_snapshots_is_read_once() {
+        let storage = image();
+        let at = storage.len().next_multiple_of(512);
+        let storage = with_snapshots(&[(at + 512, 1), (at + 512, 1), (at + 512, 1)]);
+        // An entry that leads nowhere is wrong three times, and told once.
+        put(&storage, at + 512, &(1u64 << 40).to_be_bytes());
+        let (_, lines) = check_within(storage.as_ref(), MEMORY);
+        let told = lines
+            .iter()
+            .filter(|line| line.contains("L1 entry 0"))
+            .count();
+        assert_eq!(told, 1, "{lines:?}");
+    }
+
+    #[test]
+    fn what_no_refcount_block_can_say_is_found_behind_the_table() {
+        // One cluster of a table says 512 B / 8 * 256 clusters; the data of this image goes beyond.
+        let storage = image();
+        put(&storage, 56, &1u32.to_be_bytes());
+        let (report, lines) = check_within(storage.as_ref(), MEMORY);
+        let last = lines
+            .iter()
+            .filter(|line| line.contains("refcount=0 reference=1"));
+        assert!(last.count() > 0 && report.corruptions > 0, "{lines:?}");
+    }
 }
