@@ -1,7 +1,8 @@
 //! `seethrough convert`: a disk as another image, read as `qemu-img convert` reads its arguments.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use super::creation_options::CreationOptions;
 use super::options::{parse_cache, parse_format, parse_size};
@@ -13,11 +14,12 @@ use crate::chain::host::Locking;
 use crate::chain::inspect::{Unnamed, inspect};
 use crate::chain::registry::OpenImage;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::image::Access;
-use crate::jobs::convert::{Conversion, Encoding, Output, above_base, convert};
+use crate::image::{Access, Image};
+use crate::jobs::convert::{Conversion, Encoding, Output, above_base, as_qcow2, convert};
 use crate::jobs::copy::{Blank, Manner, Order, Zeros};
 use crate::jobs::source::{Concatenation, Source};
 use crate::qcow2::create::BackingReference;
+use crate::qcow2::snapshot_table::{Snapshot, printable};
 use crate::storage::CacheMode;
 use crate::sys::block_on;
 use crate::units::SECTOR_SIZE;
@@ -50,6 +52,10 @@ pub struct Convert {
     /// The backing image's format; it may be left out for a qcow2 image
     #[arg(short = 'F', value_name = "FORMAT", requires = "backing", value_parser = parse_format)]
     backing_format: Option<Format>,
+
+    /// Read the source as it was when this snapshot was taken: an ID or a name, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short = 'l', value_name = "SNAPSHOT", conflicts_with = "backing")]
+    snapshot: Option<OsString>,
 
     /// Write into the output that is there
     #[arg(short = 'n')]
@@ -110,6 +116,12 @@ impl Convert {
             disks.push(disk.context(|| "the source (its format is given with -f)")?);
         }
         disks.iter().try_for_each(warn_of_regions)?;
+        if let Some(wanted) = &self.snapshot {
+            let [disk] = disks.as_mut_slice() else {
+                return Err(invalid("-l makes sense for one source alone"));
+            };
+            disk.image = block_on(at_snapshot(&*disk.image, wanted))?;
+        }
         let backing = self.backing_reference(output)?;
         let source = self.source(&disks, output)?;
         let conversion = Conversion {
@@ -192,6 +204,46 @@ impl Convert {
             },
         })
     }
+}
+
+/// The disk as it was when the snapshot was taken that `wanted` names.
+async fn at_snapshot(image: &dyn Image, wanted: &OsStr) -> Result<Arc<dyn Image>> {
+    let Some(image) = as_qcow2(image) else {
+        return Err(invalid("-l: a raw image has no snapshots: only qcow2 images have"));
+    };
+    let snapshots = image.snapshots().await?;
+    let found = find_snapshot(&snapshots, wanted)?.ok_or_else(|| {
+        Error::new(
+            ErrorKind::OutOfBounds,
+            format!(
+                "there is no snapshot '{}': `seethrough snapshot -l` lists those there are",
+                printable(wanted)
+            ),
+        )
+    })?;
+    Ok(Arc::new(image.at_snapshot(found).await?))
+}
+
+/// The snapshot that `wanted` names as `qemu-img convert -l` reads it: an ID goes before a name, and where both are
+/// given by their keys, both have to be its own.
+fn find_snapshot<'a>(snapshots: &'a [Snapshot], wanted: &OsStr) -> Result<Option<&'a Snapshot>> {
+    let text = wanted.to_string_lossy();
+    if !text.starts_with("snapshot.") {
+        let by_id = snapshots.iter().find(|snapshot| snapshot.id == wanted);
+        return Ok(by_id.or_else(|| snapshots.iter().find(|snapshot| snapshot.name == wanted)));
+    }
+    let (mut id, mut name) = (None, None);
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("snapshot.id", value)) => id = Some(value),
+            Some(("snapshot.name", value)) => name = Some(value),
+            _ => return Err(invalid(format!("-l: '{part}' is neither snapshot.id=ID nor snapshot.name=NAME"))),
+        }
+    }
+    let is_wanted = |snapshot: &&Snapshot| {
+        id.is_none_or(|id| snapshot.id == id) && name.is_none_or(|name| snapshot.name == name)
+    };
+    Ok(snapshots.iter().find(is_wanted))
 }
 
 /// A copy declares nothing, and shows of a child what stock tools do.

@@ -91,7 +91,7 @@ impl OnlineQcow2 {
     pub async fn open_snapshot(&self, name: &OsStr) -> Result<Qcow2> {
         // So that the table is not replaced meanwhile.
         let _engine = self.engine().await?;
-        let mut header = Header::read(self.storage.as_ref()).await?;
+        let header = Header::read(self.storage.as_ref()).await?;
         let snapshots = read_snapshots(self.storage.as_ref(), &header).await?;
         let found = snapshots.into_iter().find(|snapshot| snapshot.name == name);
         let snapshot = found.ok_or_else(|| {
@@ -100,17 +100,13 @@ impl OnlineQcow2 {
                 format!("{} has no snapshot '{}'", self.name(), printable(name)),
             )
         })?;
-        let (at, _) = snapshot.l1_table(header.cluster_size())?;
-        header.l1_table_offset = at;
-        header.l1_size = snapshot.l1_size;
-        header.size = snapshot.disk_size(header.size);
         Qcow2::open_with_header(
             Arc::clone(&self.storage),
             self.data.clone(),
             self.backing.clone(),
             Access::ReadOnly,
             &self.budget,
-            header,
+            snapshot.header(&header)?,
         )
         .await
         .context(|| format!("opening snapshot '{}' of {}", printable(name), self.name()))

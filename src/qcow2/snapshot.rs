@@ -10,6 +10,7 @@
 //!    it out, so that it never becomes part of a disk that grows.
 
 use std::ffi::{OsStr, OsString};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::bitmap::BitmapDirectory;
@@ -18,7 +19,8 @@ use super::features::IncompatibleFeatures;
 use super::header::{Header, Version};
 use super::revision::{Counting, Revision};
 use super::snapshot_table::{Snapshot, printable, read_snapshots};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::image::Access;
 
 /// What a name on the command line means first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +37,32 @@ impl Qcow2 {
     pub async fn snapshots(&self) -> Result<Vec<Snapshot>> {
         let header = self.header.lock().await.clone();
         read_snapshots(self.storage.as_ref(), &header).await
+    }
+
+    /// The disk as it was when `snapshot` was taken, one of [`Qcow2::snapshots`]; read-only. The snapshot has to stay
+    /// for as long as this is in use.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] and [`ErrorKind::Unsupported`] for an L1 table that cannot be one; the storage's.
+    pub async fn at_snapshot(&self, snapshot: &Snapshot) -> Result<Self> {
+        let header = snapshot.header(&*self.header.lock().await)?;
+        let data = self.data_file.as_ref();
+        Self::open_with_header(
+            Arc::clone(&self.storage),
+            data.map(|data| Arc::clone(data.storage())),
+            self.backing.clone(),
+            Access::ReadOnly,
+            self.l2.budget(),
+            header,
+        )
+        .await
+        .context(|| {
+            format!(
+                "opening snapshot '{}' of {}",
+                snapshot.label(),
+                self.storage.name()
+            )
+        })
     }
 
     /// Takes a snapshot of the disk as it is now; the image is opened anew. Others may have the name already.

@@ -131,6 +131,30 @@ impl Snapshot {
         self.disk_size.unwrap_or(now)
     }
 
+    /// The header of the image that has this snapshot, made to lead to the disk as it was then; to read, not to write.
+    ///
+    /// # Errors
+    /// As [`Snapshot::l1_table`], and [`ErrorKind::Corrupt`] for a table that is too short for the disk.
+    pub(super) fn header(&self, image: &Header) -> Result<Header> {
+        let (at, _) = self.l1_table(image.cluster_size())?;
+        let mut header = image.clone();
+        header.l1_table_offset = at;
+        header.l1_size = self.l1_size;
+        header.size = self.disk_size(image.virtual_size());
+        if u64::from(header.l1_size) < header.l1_entries_for(header.size) {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "the L1 table of snapshot '{}' has {} entries, too few for its disk of {} bytes",
+                    self.label(),
+                    header.l1_size,
+                    header.size
+                ),
+            ));
+        }
+        Ok(header)
+    }
+
     /// Where its L1 table lies, and how long it is in bytes.
     ///
     /// # Errors

@@ -320,6 +320,64 @@ fn a_conversion_that_fails_leaves_nothing_and_what_was_there_before() {
     }
 }
 
+#[test]
+fn a_snapshot_is_copied_by_id_and_name_as_the_stock_tool_does() {
+    let bed = Bed::new();
+    bed.qemu_img(&["create", "-q", "-f", "qcow2", "base.qcow2", "8M"]);
+    bed.qemu_io("qcow2", "base.qcow2", &["write -P 9 4M 1M".into()]);
+    let overlay = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        "base.qcow2",
+        "-F",
+        "qcow2",
+    ];
+    bed.qemu_img(&[&overlay[..], &["a.qcow2"]].concat());
+    bed.qemu_io("qcow2", "a.qcow2", &["write -P 1 0 1M".into()]);
+    bed.ok(&["snapshot", "-c", "2", "a.qcow2"]);
+    bed.qemu_io("qcow2", "a.qcow2", &["write -P 2 512k 4M".into()]);
+    bed.qemu_img(&["snapshot", "-c", "second", "a.qcow2"]);
+    bed.ok(&["resize", "a.qcow2", "12M"]);
+    bed.qemu_io("qcow2", "a.qcow2", &["write -P 3 1M 11M".into()]);
+    for (wanted, size) in [
+        ("2", 8 << 20),
+        ("second", 8 << 20),
+        ("snapshot.name=2", 8 << 20),
+        ("snapshot.id=2,snapshot.name=second", 8 << 20),
+    ] {
+        let copy = [
+            "convert", "-f", "qcow2", "-O", "raw", "-l", wanted, "a.qcow2",
+        ];
+        bed.qemu_img(&[&copy[..], &["expected.raw"]].concat());
+        assert_eq!(bed.ok(&[&copy[..], &["found.raw"]].concat()), "");
+        bed.assert_same(("raw", "found.raw"), ("raw", "expected.raw"));
+        let found = std::fs::metadata(bed.path("found.raw")).expect("a copy");
+        assert_eq!(found.len(), size, "{wanted}");
+    }
+    bed.qemu_img(&["create", "-q", "a.raw", "1M"]);
+    for (arguments, code, hint) in [
+        (&["-l", "third", "a.qcow2"][..], 1, "no snapshot 'third'"),
+        (
+            &["-l", "snapshot.id=1,snapshot.name=second", "a.qcow2"],
+            1,
+            "no snapshot",
+        ),
+        (&["-l", "snapshot.no=1", "a.qcow2"], 2, "snapshot.id=ID"),
+        (&["-l", "2", "a.qcow2", "a.qcow2"], 2, "one source"),
+        (&["-l", "2", "-f", "raw", "a.raw"], 2, "only qcow2"),
+        (&["-l", "2", "-B", "base.qcow2", "a.qcow2"], 2, "-B"),
+        (&["--bitmaps", "a.qcow2"], 2, "--bitmaps"),
+    ] {
+        let arguments = [&["convert"][..], arguments, &["none.raw"]].concat();
+        let error = bed.fails(&arguments, code);
+        assert!(error.contains(hint), "{arguments:?}: {error}");
+    }
+    assert!(!bed.path("none.raw").exists());
+}
+
 /// A small filesystem.
 struct Tmpfs(std::path::PathBuf);
 
