@@ -582,9 +582,17 @@ impl Allocator {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use super::super::Qcow2;
+    use super::super::create::{CreateOptions, create};
     use super::super::geometry::tests::geometry;
     use super::super::header::MAX_REFCOUNT_TABLE_BYTES;
     use super::*;
+    use crate::image::{Access, Image};
+    use crate::storage::{MemoryStorage, Storage};
+    use crate::sys::block_on;
+    use crate::units::GuestOffset;
 
     #[test]
     fn a_refcount_table_grows_to_its_limit_and_no_further() {
@@ -593,5 +601,38 @@ mod tests {
         assert_eq!(grow(5 << 20).unwrap(), (1, 120));
         let error = grow(MAX_REFCOUNT_TABLE_BYTES).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NoSpace);
+    }
+
+    /// A disk with clusters of 2 MiB and one L2 table, all of whose file is in use up to `end`, for all it knows.
+    fn disk_in_use_up_to(end: u64) -> Qcow2 {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::default());
+        let options = CreateOptions {
+            cluster_size: 2 << 20,
+            ..CreateOptions::new(64 << 20)
+        };
+        block_on(create(storage.as_ref(), &options)).unwrap();
+        let disk = block_on(Qcow2::open(storage, None, Access::ReadWrite)).unwrap();
+        block_on(disk.write(GuestOffset(0), IoBuf::zeroed(512))).unwrap();
+        block_on(disk.flush()).unwrap();
+        disk.allocator.lock().next = disk.geometry.host_cluster(HostOffset(end)).0;
+        disk
+    }
+
+    #[test]
+    fn no_cluster_lies_behind_what_56_bits_can_say() {
+        let disk = disk_in_use_up_to(MAX_HOST_OFFSET);
+        let error = disk.allocator.try_take(1).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+        assert!(error.to_string().contains("largest file"), "{error}");
+    }
+
+    #[test]
+    fn no_compressed_data_lies_behind_what_its_entry_can_say() {
+        let disk = disk_in_use_up_to(1 << 49);
+        let compressed = IoBuf::zeroed(512);
+        let written = block_on(disk.write_compressed(GuestOffset(2 << 20), compressed));
+        let error = written.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+        assert!(error.to_string().contains("smaller clusters"), "{error}");
     }
 }

@@ -276,6 +276,26 @@ mod tests {
     }
 
     #[test]
+    fn refcounts_behind_the_end_of_the_file_are_leaks_and_no_use() {
+        let storage = super::mend::tests::image_with(4096);
+        let (before, _) = check_within(storage.as_ref(), MEMORY);
+        let bytes = storage.contents();
+        let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+        let table = word(48);
+        let block = word(usize::try_from(table).unwrap());
+        put(&storage, block + 2 * 1000, &[0, 1]);
+        let (report, lines) = check_within(storage.as_ref(), MEMORY);
+        assert_eq!(lines, ["Leaked cluster 1000 refcount=1 reference=0"]);
+        assert_eq!(report.image_end_offset, before.image_end_offset);
+        // A block for clusters behind the end counts only where it is nothing else, however many entries name it.
+        for entry in 1..4 {
+            put(&storage, table + 8 * entry, &block.to_be_bytes());
+        }
+        let (report, lines) = check_within(storage.as_ref(), MEMORY);
+        assert_eq!(report.leaks, 1, "{lines:?}");
+    }
+
+    #[test]
     fn what_no_refcount_block_can_say_is_found_behind_the_table() {
         // One cluster of a table says 512 B / 8 * 256 clusters; the data of this image goes beyond.
         let storage = image();

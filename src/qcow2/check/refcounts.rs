@@ -45,7 +45,7 @@ struct Mismatch {
 #[derive(Default)]
 struct Compared {
     mismatches: Vec<Mismatch>,
-    /// The last cluster that is referred to, or has a refcount.
+    /// The last cluster of the file that is referred to, or has a refcount.
     last_used: Option<u64>,
 }
 
@@ -54,6 +54,8 @@ struct Refcounts {
     bytes: Vec<u8>,
     /// The cluster whose refcount is the first.
     first: u64,
+    /// Where the clusters of the file end.
+    file_clusters: u64,
     order: u32,
     max: u64,
     is_changed: bool,
@@ -75,7 +77,7 @@ impl Refcounts {
                 .as_ref()
                 .map_or(0, |chunk| chunk.get(index))
                 .min(self.max);
-            if actual > 0 || counted > 0 {
+            if cluster < self.file_clusters && (actual > 0 || counted > 0) {
                 compared.last_used = Some(cluster);
             }
             let is_fixed = match fix {
@@ -226,6 +228,7 @@ impl Checker<'_> {
         let mut block = Refcounts {
             bytes: self.read(at, self.header.cluster_size()).await?,
             first,
+            file_clusters: self.file_clusters(),
             order: self.header.refcount_order,
             max: self.refcount_max(),
             is_changed: false,
