@@ -100,7 +100,8 @@ pub fn resolve_data_file(image: &Path, name: &OsStr) -> Result<PathBuf> {
 }
 
 /// The name as stock QEMU takes it: a path, with or without a protocol in front.
-pub(super) fn plain_path(name: &OsStr) -> &Path {
+#[must_use]
+pub fn plain_path(name: &OsStr) -> &Path {
     let bytes = name.as_bytes();
     Path::new(OsStr::from_bytes(
         bytes.strip_prefix(b"file:").unwrap_or(bytes),

@@ -1,11 +1,12 @@
 //! Converting disks: into a new image, which gets its name when it is whole, or into one that is there.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::copy::{Blank, Manner, Target, copy};
 use super::source::{Chain, Source};
 use crate::chain::create::{NewImage, create, refuse_own_backing};
+use crate::chain::data_file::plain_path;
 use crate::chain::format::Format;
 use crate::chain::host::{HostOptions, Locking};
 use crate::chain::part_file::PartFile;
@@ -93,15 +94,70 @@ fn convert_to_new(
             manner.blank = Blank::Unknown;
         }
     }
+    let data_file = NewDataFile::of(image);
+    data_file.refuse_image(conversion.path)?;
     let file = PartFile::begin(conversion.path)?;
     block_on(create(file.part(), image))?;
+    // It would be replaced by the image. The name has a file only now if both are new.
+    data_file.refuse_image(conversion.path)?;
     let conversion = Conversion {
         output: conversion.output.clone(),
         manner,
         ..*conversion
     };
     write_to(file.part(), source, &conversion, progress)?;
+    data_file.keep();
     file.finish()
+}
+
+/// The data file of an image in the making: it goes again if the image is not finished, unless it was there before.
+struct NewDataFile {
+    path: Option<PathBuf>,
+    is_ours: bool,
+}
+
+impl NewDataFile {
+    fn of(image: &NewImage) -> Self {
+        let path = match image {
+            NewImage::Qcow2(options) => options.data_file.as_ref(),
+            NewImage::Raw { .. } => None,
+        };
+        let path = path.map(|data| plain_path(&data.file).to_owned());
+        // Nothing is removed that cannot be told to be new.
+        let is_ours = path.as_ref().is_some_and(|path| {
+            path.try_exists().is_ok_and(|exists| !exists) && !path.is_symlink()
+        });
+        Self { path, is_ours }
+    }
+
+    fn refuse_image(&self, image: &Path) -> Result<()> {
+        let Some(path) = &self.path else {
+            return Ok(());
+        };
+        match (file_id(path), file_id(image)) {
+            (Ok(data), Ok(image)) if data == image => Err(Error::new(
+                ErrorKind::InvalidConfig,
+                format!(
+                    "{}: an image cannot be its own data file: give the data file another name",
+                    path.display()
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn keep(mut self) {
+        self.is_ours = false;
+    }
+}
+
+impl Drop for NewDataFile {
+    fn drop(&mut self) {
+        if let (Some(path), true) = (&self.path, self.is_ours) {
+            // The failure that led here is the one to tell.
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 fn write_to(

@@ -5,15 +5,18 @@
 //! 1. The host is asked for holes only where the image has much more room allocated than the host has given it, as
 //!    with `preallocation=metadata`: stock QEMU draws the line there, and both show the same map.
 
-use super::allocator::Answer;
+use std::ops::Range;
+
+use super::allocator::{Allocator, Answer};
 use super::engine::Qcow2;
 use super::entry::L2Entry;
 use super::geometry::Geometry;
 use super::mapping::{Found, Place, Run};
+use super::refcount;
 use crate::error::Result;
 use crate::image::Allocation;
 use crate::storage::Held;
-use crate::units::{GuestOffset, HostCluster, HostOffset};
+use crate::units::{GuestOffset, HostOffset};
 
 impl Run for Allocation {
     fn goes_on(self, len: u64, next: Self) -> bool {
@@ -94,24 +97,58 @@ impl Qcow2 {
             return Ok(false);
         }
         let mut used = 0;
-        for cluster in (0..clusters).map(HostCluster) {
-            used += u64::from(self.is_in_use(cluster).await?);
-            if used >= many {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    async fn is_in_use(&self, cluster: HostCluster) -> Result<bool> {
-        loop {
-            match self.allocator.try_refcount(cluster) {
-                Ok(Answer::Known(refcount)) => return Ok(refcount > 0),
+        let mut next = 0;
+        while next < clusters && used < many {
+            match self.allocator.try_count_used(next..clusters) {
+                Ok(Answer::Known((more, end))) => (used, next) = (used + more, end),
                 Ok(Answer::Load(slice)) => drop(self.allocator.blocks.get(slice).await?),
-                // No refcount block.
-                Ok(Answer::Grow) | Err(_) => return Ok(false),
+                // The refcount table covers no more.
+                Ok(Answer::Grow) => return Ok(false),
+                Err(error) => {
+                    // Reading needs no refcounts, and to ask the host in vain only takes time.
+                    log::warn!(
+                        "{}: {error}: the host is asked where the file has holes; repair the image with `seethrough \
+                         check -r all`",
+                        self.storage.name()
+                    );
+                    return Ok(true);
+                }
             }
         }
+        Ok(used >= many)
+    }
+}
+
+impl Allocator {
+    /// How many of the first of these clusters are in use, and where those end: with what one slice of a refcount block
+    /// covers, or with what a block would that is not there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`](crate::error::ErrorKind::Corrupt) for a broken refcount table entry.
+    pub(super) fn try_count_used(&self, clusters: Range<u64>) -> Result<Answer<(u64, u64)>> {
+        let state = self.lock();
+        let per_block = self.geometry.block_entries();
+        let block_index = clusters.start / per_block;
+        let word = usize::try_from(block_index).ok();
+        let Some(word) = word.and_then(|index| state.table.get(index)) else {
+            return Ok(Answer::Grow);
+        };
+        let Some(block) = self.block_at(block_index, *word)? else {
+            let end = (block_index + 1) * per_block;
+            return Ok(Answer::Known((0, end.min(clusters.end))));
+        };
+        let (slice_at, within, covered) = self.slice_of(block, clusters.start);
+        let Some(slice) = self.blocks.cached(slice_at) else {
+            return Ok(Answer::Load(slice_at));
+        };
+        let end = covered.end.min(clusters.end);
+        let order = self.geometry.refcount_order();
+        let is_used = |bytes: &[u8], index: &u64| refcount::get(bytes, *index, order) > 0;
+        let used = slice.read(|bytes| {
+            let indices = within..end - covered.start;
+            indices.filter(|index| is_used(bytes, index)).count()
+        });
+        Ok(Answer::Known((used as u64, end)))
     }
 }
 
@@ -221,5 +258,58 @@ mod tests {
             (Allocation::Sparse(hole.0), 15 * CLUSTER)
         );
         drop(directory);
+    }
+
+    #[test]
+    fn where_refcounts_are_broken_the_host_is_asked() {
+        let (_directory, file, image) = new_image(L2Entries::Standard);
+        block_on(async {
+            let data = IoBuf::from_bytes(&vec![1; 16 << 16]);
+            image.write(GuestOffset(0), data).await.unwrap();
+            image.flush().await.unwrap();
+        });
+        let (Allocation::Data(Some(host)), _) = found(&image, 0) else {
+            panic!("data");
+        };
+        let table = block_on(image.header.lock()).refcount_table_offset;
+        drop(image);
+        let hole = HostOffset(host.0 + CLUSTER);
+        block_on(async {
+            let keep = ZeroMode::MayUnmap;
+            file.write_zeroes(hole, 15 * CLUSTER, keep).await.unwrap();
+            // Reserved bits.
+            let entry = IoBuf::from_bytes(&0x1ff_u64.to_be_bytes());
+            file.writev(table, entry).await.unwrap();
+        });
+        let image = block_on(Qcow2::open(file, None, Access::ReadOnly)).unwrap();
+        assert_eq!(
+            found(&image, CLUSTER),
+            (Allocation::Sparse(hole), 15 * CLUSTER)
+        );
+    }
+
+    #[test]
+    fn clusters_in_use_are_counted_block_by_block_up_to_an_end() {
+        let (_directory, _file, image) = new_image(L2Entries::Standard);
+        block_on(async {
+            let data = IoBuf::from_bytes(&vec![1; 16 << 16]);
+            image.write(GuestOffset(0), data).await.unwrap();
+        });
+        let count = |clusters| match image.allocator.try_count_used(clusters) {
+            Ok(Answer::Known(known)) => known,
+            _ => panic!("the refcounts are in memory"),
+        };
+        // The header, the refcount table and a block, the L1 table and an L2 table; then the data.
+        let used = 5 + 16;
+        assert_eq!(count(0..7), (7, 7));
+        assert_eq!(count(3..100), (used - 3, 100));
+        let per_block = image.geometry.block_entries();
+        let (_, end) = count(0..u64::MAX);
+        assert!(end <= per_block, "one slice of a block at a time");
+        // No block, and then no table.
+        assert_eq!(count(per_block..u64::MAX), (0, 2 * per_block));
+        let covered = per_block * (CLUSTER / 8);
+        let beyond = image.allocator.try_count_used(covered..u64::MAX);
+        assert!(matches!(beyond, Ok(Answer::Grow)));
     }
 }

@@ -91,7 +91,7 @@ pub(super) struct AwaitsFreeing;
 /// What changes, under one lock.
 pub(super) struct State {
     table_at: HostOffset,
-    table: Vec<u64>,
+    pub(super) table: Vec<u64>,
     dirty_sectors: BTreeSet<usize>,
     next: u64,
     untouched: u64,
@@ -337,7 +337,8 @@ impl Allocator {
         }
     }
 
-    fn block_at(&self, index: u64, word: u64) -> Result<Option<HostOffset>> {
+    /// The refcount block that entry `index` of the refcount table, `word`, leads to.
+    pub(super) fn block_at(&self, index: u64, word: u64) -> Result<Option<HostOffset>> {
         decode_refcount_table_entry(&self.geometry, word).map_err(|defect| {
             Error::new(
                 ErrorKind::Corrupt,
@@ -351,7 +352,11 @@ impl Allocator {
 
     /// Where the slice of `block` begins that holds the refcount of `cluster`, the cluster's index in it, and the
     /// clusters that it covers.
-    fn slice_of(&self, block: HostOffset, cluster: u64) -> (HostOffset, u64, Range<u64>) {
+    pub(super) fn slice_of(
+        &self,
+        block: HostOffset,
+        cluster: u64,
+    ) -> (HostOffset, u64, Range<u64>) {
         self.geometry
             .refcount_slice(self.blocks.slice_size(), block, HostCluster(cluster))
     }

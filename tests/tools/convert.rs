@@ -378,6 +378,39 @@ fn a_snapshot_is_copied_by_id_and_name_as_the_stock_tool_does() {
     assert!(!bed.path("none.raw").exists());
 }
 
+#[test]
+fn a_conversion_that_fails_leaves_no_new_data_file() {
+    let bed = Bed::new();
+    bed.qemu_img(&["create", "-q", "-f", "raw", "a.raw", "8M"]);
+    bed.qemu_io("raw", "a.raw", &["write -P 1 0 8M".into()]);
+    let Some(full) = Tmpfs::mount(&bed, "4m") else {
+        return;
+    };
+    let source = bed.path("a.raw").display().to_string();
+    let (out, data) = (full.path("out"), full.path("data"));
+    let option = format!("data_file={data}");
+    let to = [
+        "convert", "-f", "raw", "-O", "qcow2", "-o", &option, &source,
+    ];
+    let error = bed.fails(&[&to[..], &[&out]].concat(), 1);
+    assert!(error.contains("No space left"), "{error}");
+    assert_eq!(full.names(), Vec::<String>::new());
+    // One that was there before stays, though not what it held.
+    std::fs::write(&data, "old").expect("room for a few bytes");
+    bed.fails(&[&to[..], &[&out]].concat(), 1);
+    assert_eq!(full.names(), ["data"]);
+    std::fs::remove_file(&data).unwrap();
+    for old in [None, Some("precious")] {
+        if let Some(old) = old {
+            std::fs::write(&data, old).unwrap();
+        }
+        let error = bed.fails(&[&to[..], &[&data]].concat(), 2);
+        assert!(error.contains("its own data file"), "{error}");
+        let left = std::fs::read(&data).ok();
+        assert_eq!(left.as_deref(), old.map(str::as_bytes));
+    }
+}
+
 /// A small filesystem.
 struct Tmpfs(std::path::PathBuf);
 
