@@ -12,8 +12,8 @@
 //!
 //! 1. `runs` are in the order of their blocks, do not overlap, lie inside the filesystem, and are as long as possible.
 //! 2. Every structure of every group is in exactly one run; what is in none is data of the group that holds it.
-//! 3. `first_runs[g]` is the first run that ends behind the first block of group `g`, or the number of runs. There is one
-//!    more entry than groups.
+//! 3. `first_runs[g]` is the first run that ends behind the first block of group `g`, or the number of runs. There
+//!    is one more entry than groups.
 
 use std::ops::{Range, RangeInclusive};
 

@@ -1,7 +1,7 @@
 //! Where the bitmaps and the inode table of each group are, told briefly.
 //!
-//! mke2fs puts the structures of groups side by side (`flex_bg`), or each at the same place in its own group. Groups that
-//! follow each other in one of these ways are one span. Anything else is a span of its own: long, but right.
+//! mke2fs puts the structures of groups side by side (`flex_bg`), or each at the same place in its own group. Groups
+//! that follow each other in one of these ways are one span. Anything else is a span of its own: long, but right.
 
 use super::group_descriptor::Locations;
 use crate::units::{BlockGroup, FsBlock};

@@ -1,5 +1,5 @@
-//! The block of multiple mount protection (kernel documentation: "Multiple Mount Protection"): whoever has the filesystem
-//! mounted writes a new number there every few seconds.
+//! The block of multiple mount protection (kernel documentation: "Multiple Mount Protection"): whoever has the
+//! filesystem mounted writes a new number there every few seconds.
 //!
 //! Every VM has one of its own in the place of the base's: it begins as [`clean`], and guards the VM's disk
 //! against being mounted twice.

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Pure functions: descriptors and compressed bytes come from a hostile image, and never lead to more than one
-//! cluster of output. Any thread may call them: [`compress`] and [`Decompressor::decompress`] take the time that matters.
+//! cluster of output. Any thread may call them: [`compress`] and [`Decompressor::decompress`] take the time that
+//! matters.
 
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 use zstd::zstd_safe;

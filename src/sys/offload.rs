@@ -1,7 +1,7 @@
 //! Long computations, beside the threads that serve guests.
 //!
-//! A thread that serves a guest says so once, with [`keep_this_thread_responsive`]. What it hands to [`offload`] from then
-//! on runs on one of as many threads as there are processors; on every other thread it runs where it is asked for.
+//! A thread that serves a guest says so once, with [`keep_this_thread_responsive`]. What it hands to [`offload`] from
+//! then on runs on one of as many threads as there are processors; on every other thread it runs where it is asked for.
 
 use std::cell::Cell;
 use std::num::NonZero;

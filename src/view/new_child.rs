@@ -155,7 +155,8 @@ impl NewChild {
         let mut block = read_block(base, place, superblock, number).await?;
         let mut own = superblock_in(&block)?;
         volatile::put_clean(&mut own);
-        // A kernel that counts otherwise than the superblock says writes its count into all backups, which are the base's.
+        // A kernel that counts otherwise than the superblock says writes its count into all backups, which are the
+        // base's.
         let journal = map_file(base, place, superblock, superblock.journal_inode).await?;
         let blocks = |sum: u32, extent: &Extent| sum.saturating_add(extent.len);
         volatile::put_overhead(
