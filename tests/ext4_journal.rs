@@ -113,7 +113,7 @@ fn the_log_of_a_journal_with_fast_commits_ends_before_their_blocks() {
     let golden = Golden::make(&RECIPES[1]);
     let superblock = golden.superblock();
     let (mut bytes, _, blocks) = journal_of(&golden);
-    let log_end = |bytes| {
+    let log_end = |bytes: &[u8; JOURNAL_SUPERBLOCK_SIZE]| {
         let journal = JournalSuperblock::parse(&superblock, blocks, bytes).unwrap();
         journal.log_end
     };

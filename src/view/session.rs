@@ -8,8 +8,8 @@
 //! replay (`s_start` is not 0), until it writes anything to the journal. A kernel reads that superblock when it mounts
 //! and at no other time, and writes nothing to the journal before all has been replayed; then it writes the superblock.
 //! So a guest that stays mounted while the daemon is restarted, or its front-end comes back, is never taken for one
-//! that recovers: it reads no journal. A root user who reads the journal of a mounted filesystem has its own refused writes dropped,
-//! until the next commit: what it hears changes, not what is written.
+//! that recovers: it reads no journal. A root user who reads the journal of a mounted filesystem has its own refused
+//! writes dropped, until the next commit: what it hears changes, not what is written.
 
 use std::sync::atomic::Ordering;
 
