@@ -19,6 +19,8 @@ mod overlay;
 mod refresh;
 #[path = "view/shared.rs"]
 mod shared;
+#[path = "common/skip.rs"]
+mod skip;
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;

@@ -22,6 +22,7 @@ mod guest;
 pub mod narration;
 pub mod oracle;
 mod requirements;
+mod skip;
 
 pub use backend::Backend;
 pub use family::{Family, FamilyConfig, Filesystem, Placement};

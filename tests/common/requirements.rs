@@ -9,6 +9,8 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
+use super::skip::{WITH_GUESTS, skip};
+
 /// What a guest boots from; built by `vm-images/build`.
 #[derive(Debug)]
 pub struct VmImages {
@@ -37,13 +39,7 @@ pub fn guests_available() -> bool {
     let Err(reason) = requirements() else {
         return true;
     };
-    let required = ["CI", "SEETHROUGH_REQUIRE_GUESTS"]
-        .iter()
-        .any(|name| env::var(name).is_ok_and(|value| !matches!(&*value, "" | "0" | "false")));
-    assert!(!required, "guests are required here, but {reason}");
-    let test = std::thread::current().name().unwrap_or("a test").to_owned();
-    // Not eprintln: the test runner would keep it to itself.
-    let _ = writeln!(std::io::stderr(), "skipped: {test}: {reason}");
+    skip(&reason, WITH_GUESTS);
     false
 }
 

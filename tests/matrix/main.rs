@@ -9,6 +9,8 @@
 
 mod bed;
 mod rows;
+#[path = "../common/skip.rs"]
+mod skip;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
@@ -175,12 +177,8 @@ fn live_in(bed: &Bed, family: &Family, stored: &[u8]) {
 fn can_mount() -> bool {
     let can =
         Path::new("/dev/loop-control").exists() && fs::metadata("/proc/self").unwrap().uid() == 0;
-    assert!(
-        can || std::env::var_os("CI").is_none(),
-        "loop mounts are needed as an oracle"
-    );
     if !can {
-        eprintln!("skipped: no loop mounts here");
+        skip::skip("no loop mounts here", skip::IN_CI);
     }
     can
 }

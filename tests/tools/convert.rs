@@ -428,7 +428,10 @@ impl Tmpfs {
             return Some(Self(path));
         }
         let reason = String::from_utf8_lossy(&output.stderr);
-        eprintln!("skipped: no filesystem can be mounted: {reason}");
+        crate::skip::skip(
+            &format!("no filesystem can be mounted: {reason}"),
+            crate::skip::IN_CI,
+        );
         None
     }
 

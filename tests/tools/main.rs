@@ -12,4 +12,6 @@ mod huge;
 mod map;
 mod rebase;
 mod resize;
+#[path = "../common/skip.rs"]
+mod skip;
 mod snapshot;

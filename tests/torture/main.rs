@@ -13,6 +13,8 @@ mod engine;
 mod full_disk;
 mod guests;
 mod history;
+#[path = "../common/skip.rs"]
+mod skip;
 mod snapshots;
 mod stale;
 mod storage;

@@ -325,11 +325,7 @@ pub(crate) fn can_mount() -> bool {
     let root = run("id", &["-u"]).trim() == "0";
     let loops = Path::new("/dev/loop-control").exists();
     if !(root && loops) {
-        assert!(
-            std::env::var_os("CI").is_none(),
-            "loop mounts are needed as an oracle"
-        );
-        eprintln!("skipped: no loop mounts here");
+        crate::skip::skip("no loop mounts here", crate::skip::IN_CI);
     }
     root && loops
 }
