@@ -15,6 +15,7 @@ mod process;
 mod reactor;
 mod ring;
 mod ring_op;
+mod signal;
 
 pub use async_task::Task;
 pub use file_facts::{
@@ -28,3 +29,4 @@ pub use offload::{keep_this_thread_responsive, offload};
 pub use process::{exclude_from_core_dumps, share_freed_memory, take_inherited_fd};
 pub use reactor::{Direction, Reactor, block_on};
 pub use ring_op::RingOp;
+pub use signal::Signal;

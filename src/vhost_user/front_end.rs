@@ -258,8 +258,8 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        self.vring(u32::from(index))?.set_call(fd);
-        Ok(())
+        let vring = self.vring(u32::from(index))?;
+        vring.set_call(fd.as_ref()).map_err(protocol_error)
     }
 
     fn set_vring_err(&mut self, index: u8, _fd: Option<File>) -> Result<()> {

@@ -124,11 +124,15 @@ impl Vring {
 
     /// Sets the descriptor by which the driver is told. Completions of a moment ago may have gone to the one before,
     /// where nobody listens any more, so the driver of a running ring is told at once.
-    pub(super) fn set_call(&self, call: Option<File>) {
-        self.call.replace(call);
+    ///
+    /// # Errors
+    /// As [`Call::replace`].
+    pub(super) fn set_call(&self, call: Option<&File>) -> Result<()> {
+        self.call.replace(call)?;
         if self.running.is_some() {
             self.call.notify();
         }
+        Ok(())
     }
 
     /// Lets the ring run, as far as this goes.
@@ -146,7 +150,7 @@ impl Vring {
     pub(super) fn reset(&mut self) {
         self.stop();
         self.kick = None;
-        self.call.replace(None);
+        self.call.clear();
     }
 
     /// Ends the worker, if there is one, after all requests that it has taken.

@@ -12,25 +12,27 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::arch::asm;
 use std::cell::Cell;
 use std::ffi::{c_int, c_long, c_void};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// The watched thread's name: the worker of vring 0 of the VM `hot`.
 pub(crate) const VM: &str = "hot";
 const THREAD: &[u8] = b"hot-q0\0";
+/// `IORING_REGISTER_EVENTFD`.
+const REGISTER_EVENTFD: usize = 4;
 /// The smallest copy that counts.
 const PAGE: usize = 4096;
 
 /// What has been counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
-    /// Calls of `io_uring_enter` that hand operations to the kernel.
+    /// Calls of `io_uring_enter` that hand operations to the kernel, but for notifications.
     pub(crate) submissions: usize,
     /// The operations that they hand over.
     pub(crate) submitted: usize,
     /// Calls of `io_uring_enter` that only let the kernel finish what it has.
     pub(crate) reaping: usize,
-    /// Calls of `write`: notifications of the driver.
+    /// Calls of `io_uring_enter` on the ring whose completions are signalled on an eventfd: notifications of the driver.
     pub(crate) notifications: usize,
     /// Calls of `epoll_wait`.
     pub(crate) sleeps: usize,
@@ -45,6 +47,8 @@ pub(crate) struct Counts {
 static SUBMISSIONS: AtomicUsize = AtomicUsize::new(0);
 static SUBMITTED: AtomicUsize = AtomicUsize::new(0);
 static REAPING: AtomicUsize = AtomicUsize::new(0);
+/// The ring by which the driver is notified.
+static NOTIFIER: AtomicI64 = AtomicI64::new(-1);
 static NOTIFICATIONS: AtomicUsize = AtomicUsize::new(0);
 static SLEEPS: AtomicUsize = AtomicUsize::new(0);
 static OTHERS: AtomicUsize = AtomicUsize::new(0);
@@ -183,7 +187,7 @@ macro_rules! counted {
 }
 
 counted! {
-    write = SYS_write counts NOTIFICATIONS: (fd: c_int, from: *const c_void, len: usize) -> isize;
+    write = SYS_write counts OTHERS: (fd: c_int, from: *const c_void, len: usize) -> isize;
     read = SYS_read counts OTHERS: (fd: c_int, into: *mut c_void, len: usize) -> isize;
     readv = SYS_readv counts OTHERS: (fd: c_int, list: *const c_void, count: c_int) -> isize;
     writev = SYS_writev counts OTHERS: (fd: c_int, list: *const c_void, count: c_int) -> isize;
@@ -231,6 +235,13 @@ extern "C" fn syscall(
     f: c_long,
 ) -> c_long {
     match (number, usize::try_from(b)) {
+        (libc::SYS_io_uring_register, Ok(REGISTER_EVENTFD)) => {
+            NOTIFIER.store(a, Ordering::SeqCst);
+            count(&OTHERS, 1);
+        }
+        (libc::SYS_io_uring_enter, Ok(1)) if a == NOTIFIER.load(Ordering::SeqCst) => {
+            count(&NOTIFICATIONS, 1);
+        }
         (libc::SYS_io_uring_enter, Ok(0)) => count(&REAPING, 1),
         (libc::SYS_io_uring_enter, Ok(operations)) => {
             count(&SUBMISSIONS, 1);

@@ -1,6 +1,7 @@
 //! A front-end and a driver of our own making, which can do everything wrong.
 
 use std::fs::File;
+use std::io::{IoSlice, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use seethrough::error::Result;
 use seethrough::image::Image;
 use seethrough::vhost_user::{Endpoint, Server, Vm};
@@ -55,6 +57,8 @@ pub(crate) struct FrontEnd {
     pub(crate) memory: GuestMemoryMmap,
     memory_file: Arc<File>,
     pub(crate) rings: Vec<Ring>,
+    /// The connection, for messages that the protocol's code does not send.
+    socket: UnixStream,
     server: JoinHandle<Result<()>>,
 }
 
@@ -76,6 +80,7 @@ impl FrontEnd {
             server.add(vm, Endpoint::Connected(theirs))?;
             server.run()
         });
+        let socket = ours.try_clone().expect("a socket");
         let mut protocol = Frontend::from_stream(ours, u64::from(queue_count));
         protocol.set_owner().expect("set_owner");
         let offered = protocol.get_features().expect("get_features");
@@ -114,6 +119,7 @@ impl FrontEnd {
             memory,
             memory_file,
             rings,
+            socket,
             server,
         };
         front_end
@@ -351,6 +357,25 @@ impl FrontEnd {
         assert_eq!(self.status(place), 0);
     }
 
+    /// Sends any descriptor as the call descriptor of ring 0; the answer, which is 0 for success.
+    pub(crate) fn set_call(&mut self, call: &impl AsRawFd) -> u64 {
+        const SET_VRING_CALL: u32 = 13;
+        const VERSION_1_NEED_REPLY: u32 = 1 | 1 << 3;
+        let header = [SET_VRING_CALL, VERSION_1_NEED_REPLY, 8].map(u32::to_le_bytes);
+        let message = [&header.concat()[..], &0u64.to_le_bytes()].concat();
+        let sent = sendmsg::<()>(
+            self.socket.as_raw_fd(),
+            &[IoSlice::new(&message)],
+            &[ControlMessage::ScmRights(&[call.as_raw_fd()])],
+            MsgFlags::empty(),
+            None,
+        );
+        assert_eq!(sent.expect("a connection"), message.len());
+        let mut reply = [0; 20];
+        self.socket.read_exact(&mut reply).expect("an answer");
+        u64::from_le_bytes(reply[12..].try_into().expect("8 bytes"))
+    }
+
     /// Leaves; the server must end well.
     pub(crate) fn leave(self) {
         self.end().expect("the server ends well");
@@ -359,9 +384,12 @@ impl FrontEnd {
     /// Leaves; how the server has ended.
     pub(crate) fn end(self) -> Result<()> {
         let Self {
-            protocol, server, ..
+            protocol,
+            socket,
+            server,
+            ..
         } = self;
-        drop(protocol);
+        drop((protocol, socket));
         server.join().expect("the server does not panic")
     }
 }

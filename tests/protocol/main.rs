@@ -4,8 +4,10 @@
 mod disk;
 mod front_end;
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use disk::{Speed, TestDisk};
 use front_end::{DATA, EVENT_IDX, FrontEnd, INDIRECT, NEXT, Place, QUEUE_SIZE, WRITE};
@@ -356,6 +358,47 @@ fn a_replaced_call_descriptor_is_used_at_once() {
     f.assert_alive(0);
     assert!(old.read().is_err(), "the old descriptor is still used");
     f.leave();
+}
+
+#[test]
+fn a_full_call_counter_keeps_nobody_waiting() {
+    let shared = disk(Speed::Immediate);
+    let mut f = FrontEnd::new(shared.clone(), 2, 0);
+    let mut sibling = FrontEnd::new(shared, 1, 0);
+    let call = EventFd::new(0).expect("an eventfd that blocks");
+    f.protocol.set_vring_call(0, &call).expect("set_vring_call");
+    call.read().expect("the driver was told at once");
+    call.write(u64::MAX - 1).expect("an empty counter");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    for i in 0..10 {
+        f.request(0, i * 3, READ, 0, 512);
+        f.kick(0);
+        while f.used_idx(0) <= i {
+            assert!(Instant::now() < deadline, "the worker waits");
+            std::thread::yield_now();
+        }
+    }
+    f.assert_alive(1);
+    sibling.assert_alive(0);
+    f.leave();
+    sibling.leave();
+    assert!(call.read().expect("an eventfd") >= u64::MAX - 1);
+}
+
+#[test]
+fn a_call_descriptor_that_is_no_eventfd_ends_the_session_and_no_other_one() {
+    let shared = disk(Speed::Immediate);
+    let mut sibling = FrontEnd::new(shared.clone(), 1, 0);
+    let (_reader, pipe) = std::io::pipe().expect("a pipe");
+    let device = std::fs::File::open("/dev/null").expect("a device");
+    for refused in [pipe.as_raw_fd(), device.as_raw_fd()] {
+        let mut f = FrontEnd::new(shared.clone(), 1, 0);
+        assert_eq!(f.set_call(&EventFd::new(0).expect("an eventfd")), 0);
+        assert_ne!(f.set_call(&refused), 0);
+        f.leave();
+        sibling.assert_alive(0);
+    }
+    sibling.leave();
 }
 
 #[test]
