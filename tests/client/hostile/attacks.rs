@@ -70,6 +70,8 @@ impl Ground {
             }
             before = Some(owner);
         }
+        let end = ground.offset(ground.probe.superblock().blocks_count);
+        ground.borders.push(end);
         ground.targets.retain(|blocks| !blocks.is_empty());
         ground
     }
@@ -139,7 +141,8 @@ pub(crate) fn attack(guest: &mut Guest, ground: &Ground, rng: &mut StdRng, tally
         25..35 => one_block_from_all_queues(guest, ground, rng, tally),
         35..45 => ranges(guest, ground, rng, tally),
         45..53 => forged_superblock(guest, ground, rng, tally),
-        53..63 => forged_descriptors(guest, ground, rng, tally),
+        53..59 => forged_descriptors(guest, ground, rng, tally),
+        59..63 => forged_counts(guest, ground, rng, tally),
         63..70 => forged_inodes(guest, ground, rng, tally),
         70..85 => races(guest, ground, rng, tally),
         85..91 => wild_chains(guest, rng, tally),
@@ -330,6 +333,45 @@ fn forged_descriptors(guest: &mut Guest, ground: &Ground, rng: &mut StdRng, tall
         tally.refused += u64::from(guest.write(target, &bytes) == 1);
         tally.requests += 1;
     }
+}
+
+/// Descriptors of an owned group that count anything, some as a kernel could, in many writes at once.
+fn forged_counts(guest: &mut Guest, ground: &Ground, rng: &mut StdRng, tally: &mut Tally) {
+    /// Free blocks, free inodes, directories, flags, inodes never used.
+    const FIELDS: [usize; 5] = [0x0c, 0x0e, 0x10, 0x12, 0x1c];
+    let superblock = ground.probe.superblock();
+    let group = *ground.own_groups().choose(rng).expect("some");
+    let per_block = superblock.descriptors_per_block();
+    let size = usize::from(superblock.descriptor_size);
+    let at = ground.offset(superblock.descriptor_block(group.0 / per_block).0);
+    let start = (group.0 % per_block) as usize * size;
+    let sector = start / 512 * 512;
+    let bytes = guest.read(at + sector as u64, 512);
+    for queue in 0..QUEUES {
+        for slot in 0..4 {
+            let mut bytes = bytes.clone();
+            let descriptor = &mut bytes[start - sector..start - sector + size];
+            for _ in 0..rng.random_range(1..4) {
+                let field = *FIELDS.choose(rng).expect("some");
+                let most = [2, 300, u16::MAX][rng.random_range(0..3)];
+                let value = rng.random_range(0..most);
+                descriptor[field..field + 2].copy_from_slice(&value.to_le_bytes());
+            }
+            if rng.random_range(0..4) != 0 {
+                group_descriptor::seal(&superblock.checksums, group, descriptor);
+            }
+            guest.offer(
+                (queue, slot),
+                WRITE,
+                (at + sector as u64) / 512,
+                &bytes,
+                512,
+            );
+            tally.requests += 1;
+        }
+        guest.kick(queue);
+    }
+    settle(guest, tally);
 }
 
 /// Inodes in an owned table whose extents and attributes are foreign blocks, and then writes there.

@@ -7,200 +7,32 @@
 
 mod attacks;
 mod guest;
-
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::Arc;
+mod kept;
+mod scene;
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use seethrough::ext4::layout::Kind;
-use seethrough::image::{Access, Image, RawImage};
-use seethrough::storage::MemoryStorage;
-use seethrough::sys::block_on;
-use seethrough::units::{BlockGroup, FsBlock};
+use seethrough::units::FsBlock;
 use seethrough::view::declaration::GroupList;
-use seethrough::view::probe::{Probe, locate};
-use tempfile::TempDir;
+use seethrough::view::probe::Probe;
 
-use crate::common::Backend;
 use attacks::{Ground, Tally, attack};
 use guest::Guest;
+use kept::{Part, assert_counted, assert_kept};
+use scene::{ANN, BASE, Direct, Place, Regions, Scene, Setup, TOM};
 
 /// Attacks in a run of the default length.
 const ATTACKS: u64 = 150;
 /// After how many of them the sibling is looked at.
 const BETWEEN: u64 = 50;
-const RESERVED: &str = "4-5";
 /// Log lines of one run that are no flood: everything that has a line of its own, and what limits let through.
 const MAX_LINES: usize = 1000;
 /// What the daemon's resident memory may grow by.
 const MAX_GROWTH: u64 = 64 << 20;
 
-/// A base and two children, and the daemon that serves them.
-struct Scene {
-    dir: TempDir,
-    daemon: Option<Backend>,
-}
-
-fn run(program: &str, arguments: &[&str], dir: &Path) {
-    let path = format!(
-        "/usr/sbin:/sbin:{}",
-        std::env::var("PATH").unwrap_or_default()
-    );
-    let output = Command::new(program)
-        .args(arguments)
-        .current_dir(dir)
-        .env("PATH", path)
-        .output();
-    let output = output.expect("the program starts");
-    assert!(
-        output.status.success(),
-        "{program} {arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
-impl Scene {
-    fn new(mke2fs: &[&str]) -> Self {
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
-        let at = dir.path();
-        fs::create_dir_all(at.join("root/usr/bin")).expect("a directory");
-        for n in 0..40u8 {
-            let name = at.join(format!("root/usr/bin/program{n}"));
-            fs::write(name, vec![n; 1000 * usize::from(n)]).expect("a file");
-        }
-        let options = [
-            &["-q", "-t", "ext4", "-d", "root"],
-            mke2fs,
-            &["base.raw", "48M"],
-        ]
-        .concat();
-        run("mke2fs", &options, at);
-        run(
-            "qemu-img",
-            &["convert", "-O", "qcow2", "base.raw", "base.qcow2"],
-            at,
-        );
-        let program = env!("CARGO_BIN_EXE_seethrough");
-        let reserve = format!("local=groups:{RESERVED}");
-        run(
-            program,
-            &[
-                "prepare",
-                "base.qcow2",
-                "--reserve",
-                &reserve,
-                "--dir",
-                "/local",
-            ],
-            at,
-        );
-        for child in ["tom", "ann"] {
-            let image = format!("{child}.qcow2");
-            run(
-                program,
-                &["create", "-b", "base.qcow2", "--region", "local", &image],
-                at,
-            );
-        }
-        let mut scene = Self { dir, daemon: None };
-        scene.serve();
-        scene
-    }
-
-    fn serve(&mut self) {
-        let names = ["base", "tom", "ann"];
-        let path = |name: String| self.dir.path().join(name).display().to_string();
-        let vms = names.iter().flat_map(|name| {
-            let (image, socket) = (path(format!("{name}.qcow2")), path(format!("{name}.sock")));
-            [
-                "--vm".to_owned(),
-                format!("name={name},image={image},socket={socket}"),
-            ]
-        });
-        let arguments = ["serve".to_owned()].into_iter().chain(vms);
-        let sockets: Vec<PathBuf> = names.iter().map(|name| self.socket(name)).collect();
-        self.daemon = Some(Backend::seethrough(arguments, &sockets));
-    }
-
-    fn socket(&self, name: &str) -> PathBuf {
-        self.dir.path().join(format!("{name}.sock"))
-    }
-
-    fn guest(&self, name: &str) -> Guest {
-        Guest::connect(&self.socket(name))
-    }
-
-    fn daemon(&self) -> &Backend {
-        self.daemon.as_ref().expect("it is served")
-    }
-
-    /// Ends the daemon, which has to end well; what it logged.
-    fn stop(&mut self) -> Vec<String> {
-        let log = self.daemon.take().expect("it is served").stop();
-        assert!(
-            !log.iter().any(|line| line.contains("panicked")),
-            "{}",
-            log.join("\n")
-        );
-        log
-    }
-
-    fn file(&self, name: &str) -> Vec<u8> {
-        fs::read(self.dir.path().join(name)).expect("an image")
-    }
-
-    /// What an image holds, by a program that knows nothing of views.
-    fn contents(&self, name: &str) -> Vec<u8> {
-        let image = format!("{name}.qcow2");
-        run(
-            "qemu-img",
-            &["convert", "-U", "-O", "raw", &image, "contents.raw"],
-            self.dir.path(),
-        );
-        self.file("contents.raw")
-    }
-
-    fn check_images(&self) {
-        for name in ["base", "tom", "ann"] {
-            run(
-                "qemu-img",
-                &["check", "-q", &format!("{name}.qcow2")],
-                self.dir.path(),
-            );
-        }
-    }
-
-    /// The daemon's resident memory, in bytes.
-    fn resident(&self) -> u64 {
-        let status =
-            fs::read_to_string(format!("/proc/{}/status", self.daemon().id())).expect("it runs");
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .expect("a line");
-        let kib: u64 = line
-            .split_whitespace()
-            .next()
-            .expect("a number")
-            .parse()
-            .expect("a number");
-        kib << 10
-    }
-
-    fn probe(&self) -> Probe {
-        let storage = Arc::new(MemoryStorage::new(self.contents("base")));
-        let image: Arc<dyn Image> = Arc::new(RawImage::new(storage, Access::ReadOnly));
-        let place = block_on(locate(&*image, None)).expect("a filesystem");
-        block_on(Probe::read(&*image, place)).expect("a filesystem")
-    }
-}
-
-/// Where the children's own data blocks are.
-fn own_data(probe: &Probe) -> Vec<u64> {
-    let groups: GroupList = RESERVED.parse().expect("groups");
+/// Where the data blocks of `groups` are.
+fn data_of(probe: &Probe, groups: &GroupList) -> Vec<u64> {
     let block_size = u64::from(probe.superblock().block_size);
     (0..probe.superblock().blocks_count)
         .filter(|&block| {
@@ -210,8 +42,12 @@ fn own_data(probe: &Probe) -> Vec<u64> {
                 .map(|(kind, _)| kind);
             matches!(kind, Some(Kind::Data { group }) if groups.contains(group))
         })
-        .map(|block| block * block_size)
+        .map(|block| probe.place().start.0 + block * block_size)
         .collect()
+}
+
+fn index(n: u64) -> usize {
+    usize::try_from(n).expect("small")
 }
 
 /// The sibling, who writes her own files all the while.
@@ -222,8 +58,9 @@ struct Sibling {
 }
 
 impl Sibling {
-    fn new(scene: &Scene, own: Vec<u64>, disk_len: usize) -> Self {
-        let mut guest = scene.guest("ann");
+    fn new(scene: &Scene, probe: &Probe, disk_len: usize) -> Self {
+        let own = data_of(probe, &scene.setup.regions.groups(ANN));
+        let mut guest = scene.guest(ANN);
         let expected = guest.read(0, disk_len);
         Self {
             guest,
@@ -273,106 +110,138 @@ fn assert_bounded(log: &[String], growth: u64, tally: &Tally) {
     assert!(growth < MAX_GROWTH, "{growth} bytes more");
 }
 
-fn hostile_child(mke2fs: &[&str]) {
-    let mut scene = Scene::new(mke2fs);
-    let base = scene.file("base.qcow2");
+fn hostile_child(setup: Setup) {
+    let mut scene = Scene::new(setup);
+    let image = scene.file("base.qcow2");
+    let before = scene.contents(BASE);
     let probe = scene.probe();
-    let disk_len = scene.contents("base").len();
-    let mut sibling = Sibling::new(&scene, own_data(&probe), disk_len);
-    let groups: GroupList = RESERVED.parse().expect("groups");
-    let ground = Ground::new(probe, groups, false, disk_len as u64);
+    let mut sibling = Sibling::new(&scene, &probe, before.len());
+    let groups = setup.regions.groups(TOM);
+    let ground = Ground::new(probe, groups.clone(), false, before.len() as u64);
     let mut rng = StdRng::seed_from_u64(seed());
-    let mut tom = scene.guest("tom");
+    let mut tom = scene.guest(TOM);
     let mut tally = Tally::default();
-    let mut before = None;
+    let mut resident = None;
     for n in 0..ATTACKS * rounds() {
         attack(&mut tom, &ground, &mut rng, &mut tally);
         if n % BETWEEN == BETWEEN - 1 {
             sibling.live_on(&mut rng);
-            before.get_or_insert_with(|| scene.resident());
+            resident.get_or_insert_with(|| scene.resident());
         }
     }
     assert!(tally.refused > 0, "nothing was refused");
-    assert!(
-        sibling.guest.read(0, disk_len) == sibling.expected,
-        "the sibling sees something else"
-    );
-    let growth = scene.resident().saturating_sub(before.unwrap_or_default());
+    let seen = sibling.guest.read(0, before.len());
+    let is_shared = setup.regions == Regions::Shared;
+    assert_kept(&ground.probe, &sibling.expected, &seen, |part| {
+        // What tom writes in the base she reads.
+        let is_read = matches!(
+            part,
+            Part::Block(Kind::Data { .. } | Kind::InodeTable { .. })
+        );
+        let is_toms = part.served().is_some_and(|group| groups.contains(group));
+        !(is_shared && is_read && is_toms)
+    });
+    let growth = scene
+        .resident()
+        .saturating_sub(resident.unwrap_or_default());
+    let expected = sibling.expected.clone();
     drop((tom, sibling));
     let log = scene.stop();
     assert_bounded(&log, growth, &tally);
-    assert!(
-        scene.file("base.qcow2") == base,
-        "the base's image has changed"
-    );
     scene.check_images();
+    if is_shared {
+        assert_base_keeps_all_but_shared(&scene, &ground, &before, &expected);
+    } else {
+        assert!(
+            scene.file("base.qcow2") == image,
+            "the base's image has changed"
+        );
+    }
     assert_overlay_holds_nothing_foreign(&scene, &ground);
+}
+
+/// In the base nothing has changed but what is the attacker's, and what the sibling has written of her own.
+fn assert_base_keeps_all_but_shared(
+    scene: &Scene,
+    ground: &Ground,
+    before: &[u8],
+    expected: &[u8],
+) {
+    let after = scene.contents(BASE);
+    let [toms, anns] = [TOM, ANN].map(|child| scene.setup.regions.groups(child));
+    let is_hers = |part| matches!(part, Part::Block(Kind::Data { group }) if anns.contains(group));
+    assert_kept(&ground.probe, before, &after, |part| {
+        let is_his = part.served().is_some_and(|group| toms.contains(group));
+        !is_his && !is_hers(part) && !matches!(part, Part::Block(Kind::Superblock))
+    });
+    assert_kept(&ground.probe, expected, &after, is_hers);
+    assert_counted(&ground.probe, &toms, before, &after);
 }
 
 /// Nothing that is the base's has reached the attacker's own image, either.
 fn assert_overlay_holds_nothing_foreign(scene: &Scene, ground: &Ground) {
-    let (overlay, base) = (scene.contents("tom"), scene.contents("base"));
-    let block_len = ground.block_len();
-    for block in 0..ground.probe.superblock().blocks_count {
-        let (kind, _) = ground
-            .probe
-            .layout()
-            .classify(FsBlock(block))
-            .expect("a block");
-        let start = usize::try_from(block * block_len).expect("small");
-        let end = start + usize::try_from(block_len).expect("small");
-        let (own, theirs) = (&overlay[start..end], &base[start..end]);
-        let is_foreign = match kind {
-            Kind::Data { group }
-            | Kind::BlockBitmap { group }
-            | Kind::InodeBitmap { group }
-            | Kind::InodeTable { group, .. } => !ground.owned.contains(group),
-            Kind::Backup { .. } | Kind::Boot | Kind::ReservedDescriptors => true,
-            Kind::Descriptors { index } => {
-                let superblock = ground.probe.superblock();
-                let size = usize::from(superblock.descriptor_size);
-                let first = index * superblock.descriptors_per_block();
-                for (group, (own, theirs)) in
-                    (first..).zip(own.chunks(size).zip(theirs.chunks(size)))
-                {
-                    let foreign =
-                        group < superblock.group_count && !ground.owned.contains(BlockGroup(group));
-                    assert!(!foreign || own == theirs, "the descriptor of group {group}");
-                }
-                false
-            }
-            Kind::Superblock
-            | Kind::Journal { .. }
-            | Kind::OrphanFile { .. }
-            | Kind::MultipleMount => false,
-        };
-        assert!(!is_foreign || own == theirs, "block {block}: {kind:?}");
-    }
+    let (overlay, base) = (scene.contents(TOM), scene.contents(BASE));
+    let in_overlay = match scene.setup.regions {
+        Regions::Private => ground.owned.clone(),
+        Regions::Shared => GroupList::from_iter([]),
+    };
+    assert_kept(&ground.probe, &base, &overlay, |part| match part.served() {
+        Some(group) => !in_overlay.contains(group),
+        None => !part.is_every_childs(),
+    });
 }
 
 #[test]
 fn a_hostile_child_changes_nothing_foreign() {
-    hostile_child(&["-b", "4096", "-g", "2048", "-J", "size=4"]);
+    hostile_child(Setup::USUAL);
 }
 
 #[test]
 fn a_hostile_child_changes_nothing_foreign_in_blocks_of_1_kib() {
-    hostile_child(&["-b", "1024", "-O", "^flex_bg,^64bit"]);
+    hostile_child(Setup {
+        mke2fs: &["-b", "1024", "-O", "^flex_bg,^64bit"],
+        ..Setup::USUAL
+    });
+}
+
+#[test]
+fn a_hostile_child_changes_nothing_foreign_in_a_partition_past_the_hosts_cache() {
+    hostile_child(Setup {
+        place: Place::Partition,
+        direct: Direct::Yes,
+        ..Setup::USUAL
+    });
+}
+
+#[test]
+fn a_hostile_child_of_a_shared_region_changes_nothing_else_in_the_base() {
+    hostile_child(Setup {
+        regions: Regions::Shared,
+        ..Setup::USUAL
+    });
+}
+
+#[test]
+fn a_hostile_child_of_a_shared_region_of_1_kib_blocks_in_a_partition_changes_nothing_else() {
+    hostile_child(Setup {
+        mke2fs: &["-b", "1024", "-O", "^flex_bg,^64bit"],
+        regions: Regions::Shared,
+        place: Place::Partition,
+        direct: Direct::Yes,
+    });
 }
 
 /// The base's own VM is hostile: what it owns it may ruin, and its children see that; but what is theirs stays theirs.
-#[test]
-fn a_hostile_base_changes_nothing_of_its_children() {
-    let mut scene = Scene::new(&["-b", "4096", "-g", "2048", "-J", "size=4"]);
+fn hostile_base(setup: Setup) {
+    let mut scene = Scene::new(setup);
     let probe = scene.probe();
-    let before = scene.contents("base");
-    let own = own_data(&probe);
-    let mut sibling = Sibling::new(&scene, own.clone(), before.len());
+    let before = scene.contents(BASE);
+    let mut sibling = Sibling::new(&scene, &probe, before.len());
     let tom = scene.file("tom.qcow2");
-    let groups: GroupList = RESERVED.parse().expect("groups");
+    let groups: GroupList = Regions::ALL.parse().expect("groups");
     let ground = Ground::new(probe, groups.clone(), true, before.len() as u64);
     let mut rng = StdRng::seed_from_u64(seed());
-    let mut base = scene.guest("base");
+    let mut base = scene.guest(BASE);
     let mut tally = Tally::default();
     let mut resident = None;
     for n in 0..ATTACKS * rounds() {
@@ -382,17 +251,17 @@ fn a_hostile_base_changes_nothing_of_its_children() {
             resident.get_or_insert_with(|| scene.resident());
         }
     }
-    for at in &own {
-        let start = usize::try_from(*at).expect("small");
-        let end = start + usize::try_from(ground.block_len()).expect("small");
+    for at in sibling.own.clone() {
+        let end = index(at + ground.block_len());
         assert!(
-            sibling.guest.read(*at, end - start) == sibling.expected[start..end],
+            sibling.guest.read(at, index(ground.block_len())) == sibling.expected[index(at)..end],
             "the sibling's block at {at}"
         );
     }
     let growth = scene
         .resident()
         .saturating_sub(resident.unwrap_or_default());
+    let expected = sibling.expected.clone();
     drop((base, sibling));
     let log = scene.stop();
     assert_bounded(&log, growth, &tally);
@@ -401,50 +270,50 @@ fn a_hostile_base_changes_nothing_of_its_children() {
         scene.file("tom.qcow2") == tom,
         "a child's image has changed"
     );
-    let after = scene.contents("base");
-    let block_len = ground.block_len();
-    for block in 0..ground.probe.superblock().blocks_count {
-        let (kind, _) = ground
-            .probe
-            .layout()
-            .classify(FsBlock(block))
-            .expect("a block");
-        let served = match kind {
-            Kind::Data { group }
-            | Kind::BlockBitmap { group }
-            | Kind::InodeBitmap { group }
-            | Kind::InodeTable { group, .. } => group,
-            _ => continue,
-        };
-        if groups.contains(served) {
-            let start = usize::try_from(block * block_len).expect("small");
-            let end = start + usize::try_from(block_len).expect("small");
-            assert!(
-                before[start..end] == after[start..end],
-                "block {block}: {kind:?}"
-            );
-        }
-    }
+    let after = scene.contents(BASE);
+    let anns = setup.regions.groups(ANN);
+    let is_hers = |part| {
+        setup.regions == Regions::Shared
+            && matches!(part, Part::Block(Kind::Data { group }) if anns.contains(group))
+    };
+    assert_kept(&ground.probe, &before, &after, |part| {
+        let is_the_childrens = part.served().is_some_and(|group| groups.contains(group));
+        is_the_childrens && !is_hers(part)
+    });
+    assert_kept(&ground.probe, &expected, &after, is_hers);
+}
+
+#[test]
+fn a_hostile_base_changes_nothing_of_its_children() {
+    hostile_base(Setup::USUAL);
+}
+
+#[test]
+fn a_hostile_base_changes_nothing_of_regions_that_children_write_in_it() {
+    hostile_base(Setup {
+        regions: Regions::Shared,
+        ..Setup::USUAL
+    });
 }
 
 #[test]
 fn memory_that_a_front_end_cuts_short_harms_no_other_vm() {
-    let mut scene = Scene::new(&["-b", "4096", "-g", "2048", "-J", "size=4"]);
+    let mut scene = Scene::new(Setup::USUAL);
     let probe = scene.probe();
-    let disk_len = scene.contents("base").len();
-    let groups: GroupList = RESERVED.parse().expect("groups");
-    let mut sibling = Sibling::new(&scene, own_data(&probe), disk_len);
+    let disk_len = scene.contents(BASE).len();
+    let groups = scene.setup.regions.groups(TOM);
+    let mut sibling = Sibling::new(&scene, &probe, disk_len);
     let ground = Ground::new(probe, groups, false, disk_len as u64);
     let mut rng = StdRng::seed_from_u64(seed());
     for _ in 0..4 {
-        let mut tom = scene.guest("tom");
+        let mut tom = scene.guest(TOM);
         attacks::fill(&mut tom, &ground, &mut rng, &mut Tally::default());
         tom.lose_memory();
         drop(tom);
         sibling.live_on(&mut rng);
     }
     assert_eq!(
-        scene.guest("tom").read(0, 4096).len(),
+        scene.guest(TOM).read(0, 4096).len(),
         4096,
         "an honest one comes back"
     );
