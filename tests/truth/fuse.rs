@@ -51,7 +51,7 @@ const ENOENT: i32 = 2;
 const ENOSYS: i32 = 38;
 
 /// A disk, if there is one.
-type Disk = Option<Arc<dyn Image>>;
+pub(crate) type Disk = Option<Arc<dyn Image>>;
 
 /// The sockets that disks can be plugged into: one file each, named by its number.
 pub(crate) struct Sockets {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rand::rngs::StdRng;
+use rand::seq::IteratorRandom;
 use rand::{RngExt, SeedableRng};
 use rustix::fs::StatVfs;
 use rustix::mount::{
@@ -14,10 +15,14 @@ use rustix::mount::{
 };
 use seethrough::image::Image;
 use seethrough::sys::block_on;
+use seethrough::view::View;
+use seethrough::view::declaration::Sharing;
+use seethrough::view::group_map::GroupMap;
+use seethrough::view::refresh::Policy;
 use seethrough::view::room::Room;
 
-use crate::fuse::Disks;
-use crate::host::{Host, Recipe, some_regions, succeed};
+use crate::fuse::{Disk, Disks};
+use crate::host::{Host, REGIONS, Recipe, some_policy, some_regions, succeed};
 use crate::model::Tree;
 use crate::vm::{Home, Vm, unmount as unmount_disk};
 
@@ -42,9 +47,13 @@ struct Sequence {
     recipe: Recipe,
     directory: PathBuf,
     host: Host,
-    /// What the daemon serves to each VM.
-    views: Vec<Arc<dyn Image>>,
+    /// What the daemon serves to each VM that it serves.
+    views: Vec<Option<Arc<View>>>,
     vms: Vec<Vm>,
+    /// The directories of shared regions that nobody holds.
+    unheld: Vec<Home>,
+    /// How many groups regions may still get.
+    spare: u32,
     /// How many times the base has changed.
     epoch: u64,
     log: Vec<String>,
@@ -108,8 +117,13 @@ impl Sequence {
         let host = Host::new(directory, recipe);
         let mountpoint = directory.join("disks");
         fs::create_dir(&mountpoint).unwrap();
-        let disks = Disks::mount(&mountpoint, MAX_CHILDREN + 1, recipe.megabytes << 20);
-        let base = Vm::new(BASE, disks.file(BASE), directory, vec![Home::of_base()]);
+        let disks = Disks::mount(&mountpoint, MAX_CHILDREN + 1, recipe.disk_len());
+        let mut base = Vm::new(BASE, disks.file(BASE), directory, &recipe);
+        base.homes.push(Home::of_base());
+        let unheld = match recipe.sharing {
+            Sharing::Private => Vec::new(),
+            Sharing::Shared => REGIONS.map(Home::of_region).into(),
+        };
         let mut sequence = Self {
             rng: StdRng::seed_from_u64(seed),
             recipe,
@@ -117,6 +131,8 @@ impl Sequence {
             host,
             views: Vec::new(),
             vms: vec![base],
+            unheld,
+            spare: 2,
             epoch: 0,
             log: Vec::new(),
             disks,
@@ -134,9 +150,11 @@ impl Sequence {
     }
 
     fn event(&mut self) {
-        let vm = self.rng.random_range(0..self.vms.len());
+        let vm = self.any_vm(0);
         match self.rng.random_range(0..100) {
             0..10 if self.vms.len() <= MAX_CHILDREN => self.add_child(),
+            0..5 if self.is_shared() => self.pass_on(),
+            5..8 if self.spare > 0 => self.enlarge(),
             0..55 => self.work(vm),
             55..63 => self.see_through(vm),
             63..70 => self.remount(vm),
@@ -148,14 +166,41 @@ impl Sequence {
         }
     }
 
+    /// One of the VMs from `first` on that are served, or the base's.
+    fn any_vm(&mut self, first: usize) -> usize {
+        let served = (first..self.vms.len()).filter(|vm| self.host.serves(*vm));
+        served.choose(&mut self.rng).unwrap_or(BASE)
+    }
+
+    fn is_shared(&self) -> bool {
+        self.recipe.sharing == Sharing::Shared
+    }
+
+    fn policy(&mut self, vm: usize) -> Policy {
+        match vm {
+            BASE => Policy::Live,
+            child => self.host.child(child).policy,
+        }
+    }
+
     fn start_daemon(&mut self) {
         self.log.push("daemon: start".into());
+        let sockets = Arc::clone(&self.disks.sockets);
+        self.open_views(&mut sockets.pause());
+    }
+
+    fn open_views(&mut self, sockets: &mut [Disk]) {
         self.views = self.host.serve();
-        let mut sockets = self.disks.sockets.pause();
         for (socket, view) in sockets.iter_mut().zip(&self.views) {
-            block_on(view.begin_session()).unwrap();
-            *socket = Some(Arc::clone(view));
+            if let Some(view) = view {
+                block_on(view.begin_session()).unwrap();
+                *socket = Some(Arc::clone(view) as Arc<dyn Image>);
+            }
         }
+    }
+
+    fn view(&self, vm: usize) -> &Arc<View> {
+        self.views[vm].as_ref().unwrap()
     }
 
     /// Stops the daemon as a service manager does; VMs that are running wait meanwhile.
@@ -165,15 +210,11 @@ impl Sequence {
         let mut sockets = sockets.pause();
         sockets.fill(None);
         self.close();
-        self.views = self.host.serve();
-        for (socket, view) in sockets.iter_mut().zip(&self.views) {
-            block_on(view.begin_session()).unwrap();
-            *socket = Some(Arc::clone(view));
-        }
+        self.open_views(&mut sockets);
     }
 
     fn close(&mut self) {
-        for view in self.views.drain(..) {
+        for view in self.views.drain(..).flatten() {
             block_on(view.close()).unwrap();
         }
     }
@@ -196,9 +237,9 @@ impl Sequence {
         }
         self.disks.sockets.pause()[vm] = None;
         self.vms[vm].lose_power(&mut self.log);
-        let view = &self.views[vm];
+        let view = Arc::clone(self.view(vm));
         block_on(view.begin_session()).unwrap();
-        self.disks.sockets.pause()[vm] = Some(Arc::clone(view));
+        self.disks.sockets.pause()[vm] = Some(view);
         if vm == BASE {
             self.epoch += 1;
             self.see_what_is_recovered();
@@ -207,11 +248,11 @@ impl Sequence {
 
     /// A child sees of a base that has crashed what the base's kernel makes of it afterwards.
     fn see_what_is_recovered(&mut self) {
-        if self.vms.len() == 1 {
+        let child = self.any_vm(1);
+        if child == BASE {
             return;
         }
-        let child = self.rng.random_range(1..self.vms.len());
-        self.remount(child);
+        self.look_anew(child);
         let seen = self.vms[child].read(&self.vms[BASE].homes[0]);
         self.mount(BASE);
         if let Some(text) = seen.difference(&self.vms[BASE].homes[0].tree) {
@@ -220,16 +261,97 @@ impl Sequence {
     }
 
     fn add_child(&mut self) {
-        let regions = some_regions(&mut self.rng);
-        let number = self.host.create_child(&regions);
-        self.log.push(format!("vm {number} owns {regions:?}"));
-        let homes = regions
-            .iter()
-            .map(|region| Home::of_region(region))
-            .collect();
-        let vm = Vm::new(number, self.disks.file(number), &self.directory, homes);
-        self.vms.push(vm);
+        let mut regions = some_regions(&mut self.rng);
+        if self.is_shared() && self.vms.len() > 1 {
+            // A kernel lays a file across all groups that it may write: a region that was written together with another
+            // one cannot be passed on without it.
+            let first = self.host.child(1).regions.len();
+            regions = match first {
+                1 => vec![regions[0]],
+                _ => REGIONS.to_vec(),
+            };
+        }
+        let policy = some_policy(&mut self.rng, &self.recipe);
+        let number = self.host.create_child(&regions, policy);
+        self.log
+            .push(format!("vm {number} owns {regions:?}, refresh={policy}"));
+        let disk = self.disks.file(number);
+        self.vms
+            .push(Vm::new(number, disk, &self.directory, &self.recipe));
+        if self.is_shared() {
+            self.host.child(number).is_served = false;
+            self.pass_on_to(number);
+        } else {
+            let homes = regions.iter().map(|region| Home::of_region(region));
+            self.vms[number].homes.extend(homes);
+            self.restart_daemon();
+        }
+    }
+
+    /// Another child gets its turn in its shared regions.
+    fn pass_on(&mut self) {
+        let resting = (1..self.vms.len()).filter(|vm| !self.host.serves(*vm));
+        if let Some(vm) = resting.choose(&mut self.rng) {
+            self.pass_on_to(vm);
+        }
+    }
+
+    /// Whoever holds a region of `vm`'s lets go of all of its own.
+    fn pass_on_to(&mut self, vm: usize) {
+        self.log.push(format!("vm {vm} gets its turn"));
+        let wanted = self.host.child(vm).regions.clone();
+        for other in 1..self.vms.len() {
+            let child = self.host.child(other);
+            if child.is_served && child.regions.iter().any(|one| wanted.contains(one)) {
+                self.unmount(other);
+                self.host.child(other).is_served = false;
+                self.unheld.append(&mut self.vms[other].homes);
+            }
+        }
+        let is_wanted = |home: &mut Home| wanted.iter().any(|name| home.path == Path::new(name));
+        self.vms[vm].homes = self.unheld.extract_if(.., is_wanted).collect();
+        self.host.child(vm).is_served = true;
         self.restart_daemon();
+        if let Some(view) = &self.views[vm] {
+            assert!(!view.is_read_only());
+        }
+    }
+
+    /// A region gets another group, which its children may take over at once or never; those of a shared region do, for
+    /// they are to change what the others have written there.
+    fn enlarge(&mut self) {
+        for vm in 0..self.vms.len() {
+            if self.host.serves(vm) {
+                self.unmount(vm);
+            }
+        }
+        self.disks.sockets.pause().fill(None);
+        self.close();
+        let region = REGIONS[self.rng.random_range(0..REGIONS.len())];
+        self.spare -= 1;
+        let is_larger = self.host.enlarge(region);
+        self.log.push(format!("enlarge {region}: {is_larger}"));
+        for vm in 1..self.vms.len() {
+            let owns = self.host.child(vm).regions.contains(&region);
+            if is_larger && owns && (self.is_shared() || self.rng.random()) {
+                self.log.push(format!("vm {vm}: adopt"));
+                self.host.adopt(vm);
+            }
+        }
+        self.start_daemon();
+    }
+
+    /// Leaves a VM cleanly unmounted.
+    fn unmount(&mut self, vm: usize) {
+        if self.vms[vm].has_crashed {
+            self.mount(vm);
+        }
+        if self.vms[vm].is_mounted {
+            self.vms[vm].unmount(&mut self.log);
+        }
+        if vm == BASE {
+            self.epoch += 1;
+        }
     }
 
     fn mount(&mut self, vm: usize) {
@@ -243,8 +365,17 @@ impl Sequence {
         };
         let choice = self.rng.random_range(0..COMMON.len() + journaled.len());
         let options = COMMON.iter().chain(journaled).nth(choice).unwrap();
+        let policy = self.policy(vm);
+        let moves = match policy {
+            Policy::Live => true,
+            // A guest that has crashed goes on with the view that it had.
+            Policy::OnMount => !self.vms[vm].has_crashed,
+            Policy::Manual => false,
+        };
         self.vms[vm].mount(options, &mut self.log);
-        self.vms[vm].seen = self.epoch;
+        if moves {
+            self.vms[vm].seen = self.epoch;
+        }
         if vm == BASE {
             // Recovering and mounting change the base, too.
             self.epoch += 1;
@@ -281,9 +412,10 @@ impl Sequence {
         }
     }
 
-    /// A child reads everything of the base's, after a sync there and with a mount of its own that is newer.
+    /// A VM reads everything of the base's, after a sync there and with a mount of its own that is newer; and what
+    /// others have written to shared regions.
     fn see_through(&mut self, vm: usize) {
-        if vm == BASE {
+        if vm == BASE && !self.is_shared() {
             return;
         }
         if self.vms[BASE].is_mounted {
@@ -296,23 +428,65 @@ impl Sequence {
         } else if self.vms[BASE].has_crashed {
             return;
         }
+        if self.is_shared() {
+            self.bring_to_place(vm);
+        }
         self.refresh(vm);
-        let base = &self.vms[BASE].homes[0];
-        let found: Tree = self.vms[vm].read(base);
-        if let Some(text) = base.tree.difference(&found) {
-            panic!("vm {vm} sees of the base: {text}");
+        let vms = self.vms.iter().enumerate();
+        let others = vms.filter(|(other, _)| self.is_shared() && *other != vm && *other != BASE);
+        let shared = others.flat_map(|(_, vm)| &vm.homes);
+        let base = (vm != BASE).then(|| &self.vms[BASE].homes[0]);
+        for home in base.into_iter().chain(shared).chain(&self.unheld) {
+            let found: Tree = self.vms[vm].read(home);
+            if let Some(text) = home.tree.difference(&found) {
+                panic!("vm {vm} sees in \"{}\": {text}", home.path.display());
+            }
         }
     }
 
-    /// Has a child look at the base as it is now.
+    /// Whoever writes a shared region brings it to its place, but for `vm`.
+    fn bring_to_place(&mut self, vm: usize) {
+        for other in 1..self.vms.len() {
+            if other == vm || !self.host.serves(other) {
+                continue;
+            }
+            if self.vms[other].has_crashed || self.vms[other].options.contains("data=journal") {
+                // Data are brought to their place some time after a sync.
+                self.unmount(other);
+            } else if self.vms[other].is_mounted {
+                self.sync(other);
+            }
+        }
+        self.epoch += 1;
+    }
+
+    /// Has a VM look at the base as it is now.
     fn refresh(&mut self, vm: usize) {
         if !self.vms[vm].is_mounted || self.vms[vm].seen != self.epoch {
-            self.remount(vm);
+            self.look_anew(vm);
         }
+    }
+
+    /// Has a VM mount its disk anew, with a view that has moved to now.
+    fn look_anew(&mut self, vm: usize) {
+        if self.policy(vm) != Policy::Live {
+            self.unmount(vm);
+        }
+        if self.policy(vm) == Policy::Manual {
+            self.log.push(format!("vm {vm}: refresh"));
+            block_on(self.view(vm).refresh()).unwrap();
+            self.vms[vm].seen = self.epoch;
+        }
+        self.remount(vm);
     }
 
     fn trespass(&mut self, vm: usize) {
         self.mount(vm);
+        if self.is_shared() {
+            // A kernel that reads what another one is just writing takes it for corruption.
+            self.bring_to_place(vm);
+            self.look_anew(vm);
+        }
         if vm == BASE {
             self.log.push("the base trespasses".into());
             self.vms[BASE].trespass_in_region(&mut self.rng);
@@ -335,52 +509,59 @@ impl Sequence {
     fn finish(&mut self) {
         let mut told = Vec::new();
         for vm in 0..self.vms.len() {
+            if !self.host.serves(vm) {
+                told.push(None);
+                continue;
+            }
             // A file without a name may live on in a program that another test is just starting, until the unmount.
             self.remount(vm);
-            told.push(self.vms[vm].statfs());
+            told.push(Some(self.vms[vm].statfs()));
             self.vms[vm].unmount(&mut self.log);
         }
         self.disks.sockets.pause().fill(None);
         self.close();
-        let merged = self.host.assert_true();
+        let filesystems = self.host.assert_true();
         let rooms = self.host.rooms();
         for (vm, (told, (room, _))) in told.iter().zip(&rooms).enumerate() {
-            assert_told(vm, told, room);
-        }
-        let flat = self.directory.join("flat");
-        fs::create_dir(&flat).unwrap();
-        for (disk, vm) in merged.iter().zip(&self.vms[1..]) {
-            succeed(
-                "mount",
-                &[
-                    "-t",
-                    "ext4",
-                    "-o",
-                    "loop,ro",
-                    disk.to_str().unwrap(),
-                    flat.to_str().unwrap(),
-                ],
-            );
-            let (_, map) = &rooms[vm.number];
-            let free = map
-                .groups
-                .iter()
-                .map(|group| group.blocks.total - group.blocks.used);
-            let told = rustix::fs::statvfs(&flat).unwrap();
-            assert_eq!(
-                free.sum::<u64>(),
-                told.f_bfree,
-                "vm {} merged with its base",
-                vm.number
-            );
-            for home in self.vms[BASE].homes.iter().chain(&vm.homes) {
-                let found = Tree::read(&flat.join(&home.path), &home.except).unwrap();
-                if let Some(text) = home.tree.difference(&found) {
-                    panic!("vm {} merged with its base: {text}", vm.number);
-                }
+            if let Some(told) = told {
+                assert_told(vm, told, room);
             }
-            unmount_disk(&flat);
         }
+        let shared = self.vms[1..].iter().flat_map(|vm| &vm.homes);
+        let shared: Vec<&Home> = shared.chain(&self.unheld).collect();
+        for (disk, vm) in filesystems.iter().zip(&self.vms) {
+            let own = vm.homes.iter().filter(|_| vm.number != BASE);
+            let mut homes = vec![&self.vms[BASE].homes[0]];
+            if self.is_shared() {
+                homes.extend(&shared);
+            } else {
+                homes.extend(own);
+            }
+            self.assert_flat(disk, vm.number, &rooms[vm.number].1, &homes);
+        }
+    }
+
+    /// A filesystem by itself is as full as `map` says, and holds `homes`.
+    fn assert_flat(&self, disk: &Path, vm: usize, map: &GroupMap, homes: &[&Home]) {
+        let flat = self.directory.join("flat");
+        fs::create_dir_all(&flat).unwrap();
+        let (disk, mountpoint) = (disk.to_str().unwrap(), flat.to_str().unwrap());
+        succeed("mount", &["-t", "ext4", "-o", "loop,ro", disk, mountpoint]);
+        let free = map
+            .groups
+            .iter()
+            .map(|group| group.blocks.total - group.blocks.used);
+        let told = rustix::fs::statvfs(&flat).unwrap();
+        if vm != BASE || self.is_shared() {
+            assert_eq!(free.sum::<u64>(), told.f_bfree, "vm {vm} by itself");
+        }
+        for home in homes {
+            let found = Tree::read(&flat.join(&home.path), &home.except).unwrap();
+            if let Some(text) = home.tree.difference(&found) {
+                panic!("vm {vm} by itself: {text}");
+            }
+        }
+        unmount_disk(&flat);
     }
 }
 

@@ -9,7 +9,7 @@ use rand::rngs::StdRng;
 use rustix::fs::StatVfs;
 
 use crate::engine::run;
-use crate::host::{REGIONS, succeed};
+use crate::host::{REGIONS, Recipe, succeed};
 use crate::model::Tree;
 use crate::work::{Work, trespass, trespass_in};
 
@@ -61,11 +61,15 @@ pub(crate) struct Vm {
     held: Vec<File>,
     /// How many times the base had changed when this VM mounted its disk.
     pub(crate) seen: u64,
+    /// How a loop device finds the filesystem on the disk.
+    loop_options: String,
+    /// What it was mounted with last.
+    pub(crate) options: String,
 }
 
 impl Vm {
     /// The VM of disk `number`, whose file is `disk`.
-    pub(crate) fn new(number: usize, disk: PathBuf, directory: &Path, homes: Vec<Home>) -> Self {
+    pub(crate) fn new(number: usize, disk: PathBuf, directory: &Path, recipe: &Recipe) -> Self {
         let mountpoint = directory.join(format!("mnt{number}"));
         fs::create_dir(&mountpoint).unwrap();
         Self {
@@ -74,16 +78,19 @@ impl Vm {
             mountpoint,
             is_mounted: false,
             has_crashed: false,
-            homes,
+            homes: Vec::new(),
             held: Vec::new(),
             seen: 0,
+            loop_options: recipe.loop_options(),
+            options: String::new(),
         }
     }
 
     /// Mounts the disk, and compares what is there with what should be.
     pub(crate) fn mount(&mut self, options: &str, log: &mut Vec<String>) {
         log.push(format!("vm {}: mount {options}", self.number));
-        let options = format!("loop,errors=remount-ro,{options}");
+        options.clone_into(&mut self.options);
+        let options = format!("{},errors=remount-ro,{options}", self.loop_options);
         let (disk, mountpoint) = (
             self.disk.to_str().unwrap(),
             self.mountpoint.to_str().unwrap(),
