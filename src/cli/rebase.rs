@@ -16,7 +16,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::image::Access;
 use crate::jobs::convert::as_qcow2;
 use crate::jobs::rebase::absorb_difference;
-use crate::qcow2::backing_update::set_backing;
+use crate::qcow2::backing_update::{require_room, set_backing};
 use crate::qcow2::create::BackingReference;
 use crate::storage::CacheMode;
 use crate::sys::block_on;
@@ -130,14 +130,15 @@ impl Rebase {
                 Some(block_on(opened)?.image)
             }
         };
-        self.progress
-            .during(|progress| absorb_difference(&overlay.image, new.as_ref(), progress))?;
         let Some(storage) = as_qcow2(&*overlay.image).map(|image| Arc::clone(image.storage())) else {
             return Err(unsupported("only qcow2 images have a backing image"));
         };
+        let reference = chain.first().map(|top| self.reference(top.format));
+        block_on(require_room(&*storage, reference.as_ref()))?;
+        self.progress
+            .during(|progress| absorb_difference(&overlay.image, new.as_ref(), progress))?;
         // Its lock stays with the storage.
         drop((overlay, new, registry));
-        let reference = chain.first().map(|top| self.reference(top.format));
         block_on(set_backing(&*storage, reference.as_ref()))
     }
 

@@ -1,67 +1,94 @@
 //! Naming another backing file in an existing image so that a power cut leaves the old one or the new one.
 //!
-//! ```text
-//! before  ├─ fields ─┼─ format … other extensions … end mark ─┼─ old name ─┤
-//! after   ├─ fields ─┼─ format … other extensions … end mark ─┼─ (old name) ─┼─ new name ─┤
-//! ```
-//!
 //! # Invariants
 //!
-//! 1. The new name is written where the header in force does not look, and made durable. Then one write inside the
-//!    first sector brings it into force together with its format, whose extension all programs put first.
-//! 2. An image never says the new name with the old format. Where the extension of the format is not in the first
-//!    sector, it changes before the name; where there was none, that is all the same until the name is there.
+//! 1. One write inside one sector brings the new name into force together with its format (`qcow2::header_switch`):
+//!    an image never says one of them with the other's.
+//!    All programs put the format's extension first, and so into that sector; where it is elsewhere, it comes there
+//!    before, in steps that say the same.
+//! 2. Without a backing file its format is all the same, so it may come first there.
 
 use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
 
 use super::create::BackingReference;
 use super::header::{Header, MAX_BACKING_NAME};
 use super::header_extension::{ExtensionType, PREFIX};
-use super::header_update::{put, set_extension};
+use super::header_switch::Switch;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
-use crate::units::SECTOR_SIZE;
+
+const FORMAT: ExtensionType = ExtensionType::BACKING_FORMAT;
 
 /// Makes the image in `storage` name this backing file, or none. Nobody may have it open.
 ///
 /// # Errors
-/// [`ErrorKind::InvalidConfig`] if the name does not fit, and nothing is changed; those of [`Header::read`],
-/// [`Header::require_writable`] and of the storage.
+/// [`ErrorKind::InvalidConfig`] if the name does not fit, or not beside the one that is there, and nothing is changed;
+/// those of [`Header::read`], [`Header::require_writable`] and of the storage.
 pub async fn set_backing(storage: &dyn Storage, backing: Option<&BackingReference>) -> Result<()> {
-    let mut header = Header::read(storage).await?;
+    plan(storage, backing).await?.run(storage).await
+}
+
+/// Checks that [`set_backing`] would not refuse this backing file, and changes nothing.
+///
+/// # Errors
+/// As [`set_backing`].
+pub async fn require_room(storage: &dyn Storage, backing: Option<&BackingReference>) -> Result<()> {
+    plan(storage, backing).await.map(drop)
+}
+
+async fn plan(storage: &dyn Storage, backing: Option<&BackingReference>) -> Result<Switch> {
+    let header = Header::read(storage).await?;
     header.require_writable()?;
-    let name = backing.map(|backing| backing.file.as_os_str());
-    if let Some(name) = name {
-        check_length(name)?;
-    }
-    let format = backing.map(|backing| backing.format.as_bytes());
-    if let Some(format) = format
-        && header.extension(ExtensionType::BACKING_FORMAT) != Some(format)
-        && !fits_first_sector(&header, format)?
-    {
-        set_extension(storage, ExtensionType::BACKING_FORMAT, format).await?;
-        header = Header::read(storage).await?;
-    }
     let mut new = header.clone();
-    new.backing_file = name.map(OsStr::to_owned);
-    if let Some(format) = format {
-        new = new.with_extension(ExtensionType::BACKING_FORMAT, format.to_vec());
-    }
-    match place_for_name(&header, name) {
-        Some(at) => {
-            if let (Some(name), Some(at)) = (name, at) {
-                put(storage, at, name.as_bytes()).await?;
-            }
-            new.backing_file_offset = at.unwrap_or(0) as u64;
-            let (mut start, area) = encode_start(&new)?;
-            start.extend(area);
-            start.truncate(sector());
-            put(storage, 0, &start).await
+    new.backing_file = backing.map(|backing| backing.file.clone());
+    let Some(BackingReference { file, format }) = backing else {
+        return Switch::plan(storage, header, &[vec![new]]).await;
+    };
+    check_length(file)?;
+    let format = format.as_bytes();
+    let with_format = |header: &Header| header.clone().with_extension(FORMAT, format.to_vec());
+    let mut ways = vec![vec![with_format(&new)]];
+    if let Some(mut way) = format_to_front(&header, format) {
+        let mut last = way.last().unwrap_or(&header).clone();
+        last.backing_file = Some(file.clone());
+        if last.extension(FORMAT).is_some() {
+            way.push(with_format(&last));
+            ways.push(way);
+        } else if last.extensions.replace_first(FORMAT, format) {
+            way.push(last);
+            ways.push(way);
         }
-        // No room for both names: the clusters are tiny, and the whole header is not much more than a sector.
-        None => put(storage, 0, &new.encode()?).await,
     }
+    // Invariant 2.
+    if header.backing_file.is_none() {
+        ways.push(vec![with_format(&header), with_format(&new)]);
+    }
+    Switch::plan(storage, header, &ways).await
+}
+
+/// The headers by way of which the format's extension comes to the front of the list, into the first sector, all with
+/// what it says now; or by way of which its place is free, if there is none. None if it is there, or has no room there.
+fn format_to_front(header: &Header, new_format: &[u8]) -> Option<Vec<Header>> {
+    if header.extensions.types().next()? == FORMAT {
+        return None;
+    }
+    let mut way = Vec::new();
+    let mut next = header.clone();
+    next.extensions.repeat_first();
+    way.push(next.clone());
+    if let Some(format) = header.extension(FORMAT) {
+        // Another format of the same length takes its place.
+        if format.len().div_ceil(PREFIX) != new_format.len().div_ceil(PREFIX) {
+            return None;
+        }
+        if !next.extensions.replace_first(FORMAT, format) {
+            return None;
+        }
+        way.push(next.clone());
+        next.extensions.keep_first(FORMAT);
+        way.push(next);
+    }
+    Some(way)
 }
 
 fn check_length(name: &OsStr) -> Result<()> {
@@ -77,67 +104,13 @@ fn check_length(name: &OsStr) -> Result<()> {
     ))
 }
 
-/// The fixed fields, and all that follows them to the mark of the extensions' end.
-fn encode_start(header: &Header) -> Result<(Vec<u8>, Vec<u8>)> {
-    let mut area = header
-        .additional_fields
-        .get(8..)
-        .unwrap_or_default()
-        .to_vec();
-    header.extensions.encode(&mut area)?;
-    Ok((header.encode_fields(), area))
-}
-
-/// Whether another format changes bytes of the first sector alone.
-fn fits_first_sector(header: &Header, format: &[u8]) -> Result<bool> {
-    let (fields, old) = encode_start(header)?;
-    let changed = header
-        .clone()
-        .with_extension(ExtensionType::BACKING_FORMAT, format.to_vec());
-    let (_, new) = encode_start(&changed)?;
-    let behind = sector().saturating_sub(fields.len());
-    Ok(old.len() == new.len() && old.get(behind..) == new.get(behind..))
-}
-
-/// Where a new name can lie beside the old one, if it is to be anywhere; `None` if there is no room.
-fn place_for_name(header: &Header, name: Option<&OsStr>) -> Option<Option<usize>> {
-    let cluster = usize::try_from(header.cluster_size()).ok()?;
-    let list_end = header.header_length() + header.extensions.encoded_len() + PREFIX;
-    let old = match (header.backing_file_offset, &header.backing_file) {
-        (0, _) | (_, None) => cluster..cluster,
-        (offset, Some(name)) => {
-            let offset = usize::try_from(offset).ok()?;
-            offset..offset + name.len()
-        }
-    };
-    if list_end > old.start {
-        // The list ends where the name begins, and has no mark of its end that would hold without it.
-        return None;
-    }
-    let Some(name) = name else {
-        return Some(None);
-    };
-    let before = list_end..old.start;
-    let behind = old.end..cluster;
-    // Not into the first sector, which is written as a whole later.
-    [before, behind]
-        .into_iter()
-        .map(|room| room.start.max(sector())..room.end)
-        .find(|room| room.start + name.len() <= room.end)
-        .map(|room| Some(room.start))
-}
-
-fn sector() -> usize {
-    usize::try_from(SECTOR_SIZE).expect("a sector is small")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::qcow2::header::Version;
     use crate::qcow2::header_extension::SEETHROUGH_EXTENSION;
     use crate::qcow2::header_update::tests::PowerCut;
-    use crate::storage::MemoryStorage;
+    use crate::storage::{CrashStorage, Delays, Lost, MemoryStorage};
     use crate::sys::block_on;
     use crate::units::HostOffset;
 
@@ -151,6 +124,16 @@ mod tests {
     }
 
     fn image(backing: Option<&BackingReference>, version: Version, cluster_bits: u32) -> Vec<u8> {
+        image_with(backing, version, cluster_bits, 900)
+    }
+
+    /// An image with an extension of so many bytes behind the format's.
+    fn image_with(
+        backing: Option<&BackingReference>,
+        version: Version,
+        cluster_bits: u32,
+        len: usize,
+    ) -> Vec<u8> {
         let mut header = Header::new(version, cluster_bits, 1 << 20);
         header.l1_size = 32;
         header.l1_table_offset = HostOffset(3 << cluster_bits);
@@ -162,14 +145,15 @@ mod tests {
             header = header.with_extension(ExtensionType::BACKING_FORMAT, format);
         }
         header = header.with_extension(OTHER, b"another program's".to_vec());
-        header = header.with_extension(SEETHROUGH_EXTENSION, vec![b'x'; 900]);
+        header = header.with_extension(SEETHROUGH_EXTENSION, vec![b'x'; len]);
         header.encode().unwrap()
     }
 
     fn said(storage: &dyn Storage) -> Option<BackingReference> {
         let header = block_on(Header::read(storage)).unwrap();
         assert_eq!(header.extension(OTHER), Some(&b"another program's"[..]));
-        assert_eq!(header.extension(SEETHROUGH_EXTENSION).unwrap().len(), 900);
+        let other = header.extension(SEETHROUGH_EXTENSION).unwrap();
+        assert!(other.iter().all(|byte| *byte == b'x'));
         header.backing_file.as_ref().map(|file| BackingReference {
             file: file.clone(),
             format: header
@@ -231,5 +215,67 @@ mod tests {
         let error = block_on(set_backing(&storage, Some(&new))).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidConfig);
         assert!(storage.contents() == bytes);
+    }
+
+    /// Every change between these, each cut at every write, with any of the unflushed ones lost; how many were made,
+    /// and how many refused.
+    fn changes(cluster_bits: u32, others: usize, names: &[Option<BackingReference>]) -> (u32, u32) {
+        let (mut made, mut refused) = (0, 0);
+        for version in [Version::V2, Version::V3] {
+            for old in names {
+                for new in names {
+                    let bytes = image_with(old.as_ref(), version, cluster_bits, others);
+                    let storage = CrashStorage::new(bytes.clone(), Delays::none());
+                    let room = block_on(require_room(&storage, new.as_ref()));
+                    let changed = block_on(set_backing(&storage, new.as_ref()));
+                    assert_eq!(room.is_ok(), changed.is_ok());
+                    if let Err(error) = changed {
+                        assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+                        assert!(storage.contents() == bytes);
+                        refused += 1;
+                        continue;
+                    }
+                    made += 1;
+                    assert_eq!(&said(&storage), new, "from {old:?}");
+                    for cut in storage.moments() {
+                        for seed in 0..8 {
+                            let left = storage.after_power_cut(cut, Lost::Some { seed });
+                            let said = said(&MemoryStorage::new(left));
+                            assert!(said == *old || said == *new, "{old:?} {said:?} {new:?}");
+                        }
+                    }
+                    let left = storage.after_power_cut(storage.now(), Lost::All);
+                    assert_eq!(&said(&MemoryStorage::new(left)), new);
+                }
+            }
+        }
+        (made, refused)
+    }
+
+    #[test]
+    fn in_tiny_clusters_a_name_changes_at_once_or_not_at_all() {
+        let mut names = vec![None];
+        for len in [4, 60, 200, 330, 460, 700, 900, 1023] {
+            for format in ["raw", "qcow2", "a format with a long name"] {
+                names.push(Some(reference(&"n".repeat(len), format)));
+            }
+        }
+        let fitting = |cluster: usize, others: usize| {
+            let fits = |name: &&Option<BackingReference>| {
+                let name = name.as_ref().map_or(0, |name| name.file.len());
+                name + others + 200 <= cluster
+            };
+            names.iter().filter(fits).cloned().collect::<Vec<_>>()
+        };
+        for (cluster_bits, others, fewest) in
+            [(9, 60, 98), (10, 100, 300), (11, 40, 900), (11, 900, 300)]
+        {
+            let (made, refused) =
+                changes(cluster_bits, others, &fitting(1 << cluster_bits, others));
+            assert!(
+                made >= fewest,
+                "{cluster_bits} {others}: {made} made, {refused} refused"
+            );
+        }
     }
 }

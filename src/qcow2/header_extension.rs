@@ -184,6 +184,49 @@ impl HeaderExtensions {
             .retain(|extension| extension.extension_type != extension_type);
     }
 
+    /// Appends the first extension once more.
+    pub(super) fn repeat_first(&mut self) {
+        self.list.extend(self.list.first().cloned());
+    }
+
+    /// Puts an extension in place of the first, where no other one moves for it; the answer is whether there is room.
+    /// What is left of the first becomes void.
+    pub(super) fn replace_first(&mut self, extension_type: ExtensionType, data: &[u8]) -> bool {
+        let capacity = data.len().next_multiple_of(ALIGNMENT);
+        let Some(first) = self.list.first_mut() else {
+            return false;
+        };
+        let Some(left) = (first.data.len().next_multiple_of(ALIGNMENT)).checked_sub(capacity)
+        else {
+            return false;
+        };
+        let rest = first
+            .data
+            .get(capacity + PREFIX..)
+            .unwrap_or_default()
+            .to_vec();
+        *first = Extension {
+            extension_type,
+            data: data.to_vec(),
+        };
+        if left > 0 {
+            let void = Extension {
+                extension_type: VOID_EXTENSION,
+                data: rest,
+            };
+            self.list.insert(1, void);
+        }
+        true
+    }
+
+    /// Makes every extension of this type void but the first.
+    pub(super) fn keep_first(&mut self, extension_type: ExtensionType) {
+        let same = |extension: &&mut Extension| extension.extension_type == extension_type;
+        for extension in self.list.iter_mut().filter(same).skip(1) {
+            extension.extension_type = VOID_EXTENSION;
+        }
+    }
+
     /// Where each extension lies, in their order.
     pub(super) fn placed(&self) -> Vec<Placed> {
         let mut at = 0;

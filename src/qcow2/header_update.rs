@@ -15,22 +15,23 @@
 //!    two of one type after a power cut alone: stock QEMU turns the order of those that it does not know around when
 //!    it writes a header, and the older one would come back.
 //! 3. Room of void extensions is used again.
+//! 4. Where there is no room for both, the list is written anew, if that is a change of one sector
+//!    (`qcow2::header_switch`).
 
 use super::header::Header;
 use super::header_extension::{
     ExtensionType, HeaderExtensions, PREFIX, Placed, VOID_EXTENSION, prefix,
 };
+use super::header_switch::{Switch, put};
 use crate::error::Result;
 use crate::storage::Storage;
-use crate::sys::IoBuf;
-use crate::units::HostOffset;
 
 /// Sets an extension of the image in `storage`, which nobody has open: whoever has would not learn of it, and might
 /// write the old header back. (An open image has [`Qcow2::set_extension`](super::Qcow2::set_extension).)
 ///
 /// # Errors
 /// [`ErrorKind::InvalidConfig`](crate::error::ErrorKind::InvalidConfig) if the extension does not fit the first
-/// cluster, and nothing is changed; those of [`Header::read`] and of the storage.
+/// cluster, or not beside what is there, and nothing is changed; those of [`Header::read`] and of the storage.
 pub async fn set_extension(
     storage: &dyn Storage,
     extension_type: ExtensionType,
@@ -51,10 +52,10 @@ pub async fn set_extension(
             there.make_void(storage, &there.same).await
         }
         None => {
-            let mut header = header.with_extension(extension_type, data.to_vec());
-            header.extensions.remove(VOID_EXTENSION);
-            let cluster = header.encode()?;
-            put(storage, 0, &cluster).await
+            let mut new = header.clone().with_extension(extension_type, data.to_vec());
+            new.extensions.remove(VOID_EXTENSION);
+            let switch = Switch::plan(storage, header, &[vec![new]]).await?;
+            switch.run(storage).await
         }
     }
 }
@@ -190,14 +191,6 @@ impl Append {
     }
 }
 
-/// Writes and makes durable.
-pub(super) async fn put(storage: &dyn Storage, at: usize, bytes: &[u8]) -> Result<()> {
-    storage
-        .writev(HostOffset(at as u64), IoBuf::from_bytes(bytes))
-        .await?;
-    storage.flush().await
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
@@ -208,8 +201,8 @@ pub(super) mod tests {
     use crate::qcow2::header::Version;
     use crate::qcow2::header_extension::SEETHROUGH_EXTENSION;
     use crate::storage::{CrashStorage, Delays, IoFuture, Lost, MemoryStorage, ZeroMode};
-    use crate::sys::block_on;
-    use crate::units::GuestOffset;
+    use crate::sys::{IoBuf, block_on};
+    use crate::units::{GuestOffset, HostOffset};
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -38,6 +38,7 @@ mod grace;
 pub mod header;
 pub mod header_extension;
 mod header_parse;
+mod header_switch;
 pub mod header_update;
 mod health;
 mod image;

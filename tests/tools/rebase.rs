@@ -136,6 +136,30 @@ fn what_would_break_an_image_is_refused() {
     assert!(error.contains("snapshots"), "{error}");
 }
 
+#[test]
+fn a_name_that_a_power_cut_could_lose_is_refused_before_anything_is_written() {
+    let bed = Bed::new();
+    for (name, byte) in [("old", 1), ("new", 2)] {
+        std::fs::write(bed.path(name), [byte; 64 << 10]).expect("writable");
+    }
+    // Either fits a cluster of 1 KiB, but not both of them.
+    let [old, new] = [
+        format!("{}old", "./".repeat(230)),
+        format!("{}/new", ".//".repeat(150)),
+    ];
+    let options = "cluster_size=1k";
+    bed.ok(&[
+        "create", "-q", "-f", "qcow2", "-o", options, "-b", &old, "-F", "raw", "top",
+    ]);
+    let before = std::fs::read(bed.path("top")).expect("readable");
+    let error = bed.fails(&["rebase", "-b", &new, "-F", "raw", "top"], 2);
+    assert!(error.contains("shorter name"), "{error}");
+    assert!(std::fs::read(bed.path("top")).expect("readable") == before);
+    bed.ok(&["rebase", "-b", "new", "-F", "raw", "top"]);
+    bed.check("top");
+    bed.assert_same(("qcow2", "top"), ("raw", "old"));
+}
+
 /// A raw image in memory with random bytes in places.
 fn random_base(rng: &mut StdRng, size: usize) -> Vec<u8> {
     let mut bytes = vec![0; size];

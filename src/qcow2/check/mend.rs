@@ -17,6 +17,7 @@ use super::super::geometry::to_usize;
 use super::checker::{Checker, Voice};
 use super::counts::Counts;
 use super::entries::{judge_l1, judge_l2};
+use super::lost::CutOff;
 use super::report::Severity;
 use super::snapshots::L1Place;
 use super::walk::{Batch, Owner};
@@ -49,42 +50,25 @@ impl Checker<'_> {
         let snapshots = self.read_snapshots().await?;
         self.voice = silent;
         let l1_tables = [self.active_l1()].into_iter().chain(snapshots.tables);
-        let mut cut_off = Vec::new();
-        for table in l1_tables {
-            if self.is_cut_off(table).await? {
-                cut_off.push(table);
-            }
-        }
-        let end = cut_off
-            .iter()
-            .map(|table| (table.at, table.entries * 8))
-            .chain(
-                [refcounts, (self.header.snapshots_offset, snapshots.len)]
-                    .into_iter()
-                    .filter(|(at, len)| {
-                        at.0 < self.bounds.file_len && !self.bounds.holds(at.0, *len)
-                    }),
-            )
-            .filter_map(|(at, len)| at.0.checked_add(len))
-            .max();
-        if let Some(end) = end {
+        let cut_off = self.find_cut_off(l1_tables.collect()).await?;
+        let others = [refcounts, (self.header.snapshots_offset, snapshots.len)]
+            .into_iter()
+            .filter(|(at, len)| at.0 < self.bounds.file_len && !self.bounds.holds(at.0, *len))
+            .filter_map(|(at, len)| at.0.checked_add(len));
+        let end = cut_off.iter().map(CutOff::end).chain(others).max();
+        let is_changed = is_shorter || end.is_some();
+        self.mark_cut_off(&cut_off).await?;
+        if let Some(end) = end.filter(|end| *end > self.storage.len()) {
             self.tell(
                 Severity::Repair,
                 format!("tables reach beyond the end of the file: it grows to {end} bytes"),
             );
-            let cut_at = self.bounds.file_len;
-            self.mark_cut_off(&cut_off).await?;
-            if self.storage.len() < end {
-                self.storage.set_len(end).await?;
-                self.storage.flush().await?;
-            }
-            self.bounds.file_len = self.storage.len();
-            for table in cut_off {
-                self.replace_cut_off(table.at, table.entries, cut_at)
-                    .await?;
-            }
+            self.storage.set_len(end).await?;
+            self.storage.flush().await?;
         }
-        Ok(is_shorter || end.is_some())
+        self.bounds.file_len = self.storage.len();
+        self.complete_cut_off(&cut_off).await?;
+        Ok(is_changed)
     }
 
     async fn shorten_l1(&mut self) -> Result<bool> {

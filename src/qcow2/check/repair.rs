@@ -369,7 +369,10 @@ impl Checker<'_> {
     }
 
     /// Writes a new snapshot table, and then the header that points to it.
-    async fn replace_snapshots(&mut self, snapshots: &mut [Snapshot]) -> Result<()> {
+    ///
+    /// # Errors
+    /// The storage's, and those of [`encode_snapshots`].
+    pub(super) async fn replace_snapshots(&mut self, snapshots: &mut [Snapshot]) -> Result<()> {
         let disk = self.header.virtual_size();
         for snapshot in snapshots.iter_mut() {
             snapshot.disk_size = Some(snapshot.disk_size(disk));
