@@ -2,6 +2,7 @@
 //!
 //! Raw files, qcow2 files and their chains, and a VM's view of either are all an [`Image`].
 
+pub(crate) mod grace;
 mod raw;
 mod read_only;
 
@@ -41,32 +42,47 @@ pub enum Mapped {
 
 /// One I/O on a mapped extent under way; dropping it says that the I/O has ended.
 ///
-/// A freed host cluster is handed out again only after every I/O that may still touch it has ended.
+/// A freed host cluster is handed out again only after every I/O that may still touch it has ended; and a base brings
+/// what it has committed to its place only after every read of a child's that may still find the old contents there.
 #[derive(Debug, Default)]
 pub struct InFlight {
-    token: Option<Arc<dyn Send + Sync + std::any::Any>>,
+    token: Option<Token>,
+    /// What another layer waits for.
+    other: Option<Token>,
 }
+
+type Token = Arc<dyn Send + Sync + std::any::Any>;
 
 impl InFlight {
     /// A guard for an image whose extents never move.
     #[must_use]
     pub fn none() -> Self {
-        Self { token: None }
+        Self::default()
     }
 
     /// `buf`, which holds this guard too: until the I/O with it has ended, even where nobody waits for that any more.
     #[must_use]
     pub fn held_by(&self, buf: IoBuf) -> IoBuf {
-        match &self.token {
-            Some(token) => buf.keeping(Arc::clone(token) as _),
-            None => buf,
-        }
+        let tokens = self.token.iter().chain(&self.other);
+        tokens.fold(buf, |buf, token| buf.keeping(Arc::clone(token) as _))
     }
 
     /// A guard that lives as long as `token` is held.
     #[must_use]
-    pub fn holding(token: Arc<dyn Send + Sync + std::any::Any>) -> Self {
-        Self { token: Some(token) }
+    pub fn holding(token: Token) -> Self {
+        Self {
+            token: Some(token),
+            other: None,
+        }
+    }
+
+    /// This guard, of one layer, and that of a layer above.
+    #[must_use]
+    pub fn and(self, above: Self) -> Self {
+        Self {
+            token: self.token.or(self.other),
+            other: above.token,
+        }
     }
 }
 

@@ -34,7 +34,6 @@ mod entry;
 pub mod features;
 mod flush;
 mod geometry;
-mod grace;
 pub mod header;
 pub mod header_extension;
 mod header_parse;

@@ -8,7 +8,7 @@
 //!
 //! 1. \[rule 4\] The refcount is decremented only after the entry that pointed to the cluster is durably gone. So
 //!    the allocator, which goes by refcounts, cannot hand the cluster out before.
-//! 2. Nor before all I/O has ended that may have looked up the old entry (`qcow2::grace`).
+//! 2. Nor before all I/O has ended that may have looked up the old entry (`image::grace`).
 //! 3. Nor before the hole is punched: a late punch would destroy the new data.
 //! 4. A cluster that others still refer to loses one reference, and no byte.
 //! 5. `Allocator::await_freeing` knows of every cluster in here that the disk had for itself, and so has to replace if
@@ -23,8 +23,8 @@ use super::cow::references;
 use super::engine::Qcow2;
 use super::entry::L2Entry;
 use super::geometry::Geometry;
-use super::grace::Epoch;
 use crate::error::{Error, Result};
+use crate::image::grace::Epoch;
 use crate::units::HostCluster;
 
 /// Freed clusters wait for a flush; so many of them start one.

@@ -217,7 +217,12 @@ impl View {
                 other => other.clone(),
             };
             match piece.treatment {
-                Treatment::Through => write_through(&self.own, &piece, part).await?,
+                Treatment::Through => {
+                    if let Some(committed) = &self.committed {
+                        committed.settle(piece.at, piece.len).await;
+                    }
+                    write_through(&self.own, &piece, part).await?;
+                }
                 Treatment::InPlace => write_through(&self.in_place()?.disk, &piece, part).await?,
                 Treatment::Journal => {
                     write_through(&self.own, &piece, part.clone()).await?;
@@ -358,6 +363,13 @@ impl Image for View {
 
     fn map_write(&self, at: GuestOffset, len: u64) -> Mapped {
         if self.recovering.load(Ordering::Acquire) || self.is_read_only() {
+            return Mapped::Slow;
+        }
+        if self
+            .committed
+            .as_ref()
+            .is_some_and(|committed| committed.is_logged(at, len))
+        {
             return Mapped::Slow;
         }
         match (self.treatment_of(at, len, Route::Write), &self.in_place) {

@@ -5,12 +5,13 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Waker};
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use seethrough::ext4::layout::Kind;
-use seethrough::image::{Access, Image, RawImage};
-use seethrough::storage::{IoFuture, MemoryStorage, Storage, ZeroMode};
+use seethrough::image::{Access, Image, ImageFuture, Mapped, RawImage};
+use seethrough::storage::{Delays, FaultStorage, IoFuture, MemoryStorage, Storage, ZeroMode};
 use seethrough::sys::{IoBuf, block_on};
 use seethrough::units::{FsBlock, GuestOffset, HostOffset};
 use seethrough::view::View;
@@ -416,6 +417,63 @@ fn a_block_that_leaves_the_log_while_it_is_read_is_read_from_its_place() {
         "the read was not interrupted"
     );
     assert!(buf.to_vec() == expected);
+}
+
+/// The base has committed a block, and brings it to its place while a child still reads what was there before.
+#[test]
+fn a_committed_block_comes_to_its_place_after_the_reads_that_began_before() {
+    if !can_mount() {
+        return;
+    }
+    let bed = Bed::new(&CASES[0].recipe);
+    let is_base = base_blocks(&bed);
+    let probe = bed.probe();
+    let size = u64::from(probe.superblock().block_size);
+    let delayed = FaultStorage::with_delays(bed.storage.clone(), Delays::up_to(8, 1));
+    let disk = RawImage::new(Arc::new(delayed), Access::ReadWrite);
+    let shared = bed.share(Arc::new(disk));
+    let committed = shared.committed();
+    let view = block_on(open_base("base", &shared)).unwrap();
+    let mut kernel = Kernel::mount(&bed, &view, "base", "commit=600");
+
+    let bytes = usize::try_from(size).unwrap();
+    let mut context = Context::from_waker(Waker::noop());
+    let mapped = committed.map_read(GuestOffset(size), size);
+    assert!(matches!(mapped, Mapped::Extent { .. }));
+    let buf = IoBuf::zeroed(bytes);
+    let mut read = committed.read(GuestOffset(size), buf.clone());
+    while read.as_mut().poll(&mut context).is_ready() {
+        read = committed.read(GuestOffset(size), buf.clone());
+    }
+    fs::create_dir(kernel.mount.join("new")).unwrap();
+    let stored = kernel.commit(|changed| sort_as_written(&[], 1, changed));
+    let shown = dump(&**committed);
+    let block = (0..probe.superblock().blocks_count)
+        .filter(|block| is_base[usize::try_from(*block).unwrap()])
+        .map(|block| usize::try_from(block * size).unwrap())
+        .find(|at| shown[*at..at + bytes] != stored[*at..at + bytes])
+        .unwrap();
+    let at = GuestOffset(block as u64);
+    assert!(matches!(committed.map_read(at, size), Mapped::Slow));
+    assert!(matches!(view.map_write(at, size), Mapped::Slow));
+
+    let new = shown[block..block + bytes].to_vec();
+    let is_in_place = || bed.storage.contents()[block..block + bytes] == new;
+    let mut write = view.write(at, IoBuf::from_bytes(&new));
+    let mut waits = |write: &mut ImageFuture<'_>| {
+        (0..100).all(|_| write.as_mut().poll(&mut context).is_pending()) && !is_in_place()
+    };
+    assert!(waits(&mut write), "both reads are under way");
+    drop(mapped);
+    assert!(waits(&mut write), "one read is under way");
+    block_on(read).unwrap();
+    block_on(write).unwrap();
+    assert!(is_in_place());
+
+    // Whoever reads now finds it in the log.
+    let _late = committed.map_read(GuestOffset(size), size);
+    block_on(view.write(at, IoBuf::from_bytes(&new))).unwrap();
+    drop(kernel.unmount_unwritten());
 }
 
 /// Where on the disk the last committed contents of a block are: in the log, since they differ from its place.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::follow::Follower;
 use super::index::{Index, Logged};
 use super::log::Journal;
+use super::readers::Readers;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::ext4::{jbd2, jbd2_log};
 use crate::image::{Allocation, Image, ImageFuture, Limits, Mapped};
@@ -30,6 +31,7 @@ pub struct Committed {
 struct Followed {
     journal: Journal,
     index: Index,
+    readers: Readers,
     follower: async_lock::Mutex<Follower>,
 }
 
@@ -48,6 +50,7 @@ impl Committed {
             followed: journal.map(|journal| Followed {
                 index: Index::new(journal.filesystem().superblock().blocks_count),
                 journal,
+                readers: Readers::default(),
                 follower: async_lock::Mutex::default(),
             }),
         };
@@ -71,6 +74,23 @@ impl Committed {
         }
     }
 
+    /// Whether any of `len` bytes at `at` are to be written with [`Self::settle`] before.
+    pub(in crate::view) fn is_logged(&self, at: GuestOffset, len: u64) -> bool {
+        self.followed.as_ref().is_some_and(|followed| {
+            let blocks = Self::blocks(followed.journal.filesystem(), at, len);
+            followed.index.first_in(blocks).is_some()
+        })
+    }
+
+    /// Waits until the base's VM may write `len` bytes at `at` in their place (invariant 4 of [`super`]).
+    pub(in crate::view) async fn settle(&self, at: GuestOffset, len: u64) {
+        if let Some(followed) = &self.followed
+            && self.is_logged(at, len)
+        {
+            followed.readers.settle(followed.index.commits()).await;
+        }
+    }
+
     fn blocks(filesystem: &Filesystem, at: GuestOffset, len: u64) -> Range<FsBlock> {
         let disk = filesystem.range();
         let start = at.max(disk.start);
@@ -91,15 +111,18 @@ impl Committed {
         let mut rest = buf;
         let mut attempts = 0;
         while at < end {
+            let reading = followed.readers.enter();
             let (run, logged) = followed.run_at(at, end);
             let len = index(run.0 - at.0);
             let part = rest.slice(0..len);
             let is_settled = match logged {
-                Some(logged) => followed.read_logged(at, part, logged).await?,
+                Some(logged) => {
+                    drop(reading);
+                    followed.read_logged(at, part, logged).await?
+                }
                 None => {
-                    self.disk.read(at, part).await?;
-                    // What was committed and came to its place meanwhile may have been read half.
-                    followed.run_at(at, run) == (run, None)
+                    self.disk.read(at, reading.held_by(part)).await?;
+                    true
                 }
             };
             if is_settled {
@@ -212,13 +235,21 @@ impl Image for Committed {
     }
 
     fn map_read(&self, at: GuestOffset, len: u64) -> Mapped {
-        if let Some(followed) = &self.followed {
-            let blocks = Self::blocks(followed.journal.filesystem(), at, len);
-            if followed.index.first_in(blocks).is_some() {
-                return Mapped::Slow;
-            }
+        let Some(followed) = &self.followed else {
+            return self.disk.map_read(at, len);
+        };
+        let reading = followed.readers.enter();
+        if self.is_logged(at, len) {
+            return Mapped::Slow;
         }
-        self.disk.map_read(at, len)
+        match self.disk.map_read(at, len) {
+            Mapped::Extent { storage, at, guard } => Mapped::Extent {
+                storage,
+                at,
+                guard: guard.and(reading),
+            },
+            other => other,
+        }
     }
 
     fn map_write(&self, _: GuestOffset, _: u64) -> Mapped {

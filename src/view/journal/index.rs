@@ -31,6 +31,8 @@ pub(super) struct Logged {
 pub(super) struct Index {
     entries: RwLock<HashMap<FsBlock, Logged>>,
     len: AtomicUsize,
+    /// How many transactions have been taken in.
+    commits: AtomicU64,
     filter: Box<[AtomicU64]>,
     /// Blocks for each bit of the filter, as a power of two.
     shift: u32,
@@ -43,6 +45,7 @@ impl Index {
         Self {
             entries: RwLock::default(),
             len: AtomicUsize::new(0),
+            commits: AtomicU64::new(0),
             filter: (0..FILTER_BITS / 64).map(|_| AtomicU64::new(0)).collect(),
             shift: per_bit
                 .checked_next_power_of_two()
@@ -71,6 +74,7 @@ impl Index {
             entries.remove(block);
         }
         self.len.store(entries.len(), Ordering::Release);
+        self.commits.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Forgets what transactions before `sequence` wrote: it has come to its place.
@@ -88,6 +92,11 @@ impl Index {
         entries.shrink_to_fit();
         self.len.store(0, Ordering::Release);
         self.set_filter(&entries);
+    }
+
+    /// How many transactions have been taken in: at least those of every block that was found before.
+    pub(super) fn commits(&self) -> u64 {
+        self.commits.load(Ordering::Acquire)
     }
 
     /// Where the last committed contents of a block are, if they are in the log.

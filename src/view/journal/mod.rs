@@ -20,7 +20,9 @@
 //!    believes to be free is one that no child will begin to read.
 //! 3. A block read from the log is given to a child only if the index still names that place afterwards: the base
 //!    may have come round the log and overwritten it.
-//! 4. Only blocks that the base alone owns are followed. What the log says of superblock, descriptors and of other
+//! 4. A block that the index names is written in its place only after every read of it has ended that began before the
+//!    index named it: whoever reads a block in its place holds a token from before it looks into the index.
+//! 5. Only blocks that the base alone owns are followed. What the log says of superblock, descriptors and of other
 //!    VMs' groups is the base's view of them, and not true.
 //!
 //! Lock order: the follower's, held across reads of the journal; inside it the index's, never across I/O.
@@ -29,5 +31,6 @@ mod committed;
 mod follow;
 mod index;
 mod log;
+mod readers;
 
 pub use committed::Committed;

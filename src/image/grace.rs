@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use async_lock::RwLockReadGuardArc;
 
-use crate::image::InFlight;
+use super::InFlight;
 
 const SLOTS: usize = 16;
 
@@ -46,7 +46,7 @@ struct Slot(RwLock<Arc<Token>>);
 
 /// Hands out tokens of the present epoch.
 #[derive(Debug)]
-pub(super) struct Grace {
+pub(crate) struct Grace {
     slots: [Slot; SLOTS],
     epochs: Mutex<Epochs>,
 }
@@ -60,7 +60,7 @@ struct Epochs {
 
 /// An epoch that is over: no token of it is handed out any more, but some may still be held.
 #[derive(Debug)]
-pub(super) struct Epoch(Arc<EpochLock>);
+pub(crate) struct Epoch(Arc<EpochLock>);
 
 impl Default for Grace {
     fn default() -> Self {
@@ -77,14 +77,14 @@ impl Default for Grace {
 
 impl Grace {
     /// A token of the present epoch: hold it from before the lookup until the I/O has ended.
-    pub(super) fn enter(&self) -> InFlight {
+    pub(crate) fn enter(&self) -> InFlight {
         let slot = self.slots[own_slot()].0.read();
         let token = Arc::clone(&slot.unwrap_or_else(PoisonError::into_inner));
         InFlight::holding(token)
     }
 
     /// Starts a new epoch and returns the one that is over.
-    pub(super) fn turn(&self) -> Epoch {
+    pub(crate) fn turn(&self) -> Epoch {
         let next = Arc::default();
         // Two that turn at once do so one after the other: all slots are of one epoch, then all of the next.
         let mut epochs = self.lock_epochs();
@@ -99,7 +99,7 @@ impl Grace {
     }
 
     /// Waits until all I/O has ended that began before.
-    pub(super) async fn all_ended(&self) {
+    pub(crate) async fn all_ended(&self) {
         self.turn();
         let past = self.lock_epochs().past.clone();
         for epoch in past {
@@ -114,7 +114,7 @@ impl Grace {
 
 impl Epoch {
     /// Whether every token of the epoch is gone. What their holders did is visible then.
-    pub(super) fn has_ended(&self) -> bool {
+    pub(crate) fn has_ended(&self) -> bool {
         self.0.try_write().is_some()
     }
 }
