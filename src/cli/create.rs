@@ -49,6 +49,11 @@ pub struct Create {
     #[arg(long = "region", value_name = "NAME", requires = "backing", conflicts_with_all = ["unchecked", "size"])]
     regions: Vec<String>,
 
+    /// Give the child block groups of its own besides, behind the end of the base's filesystem: as many as make this
+    /// size, with a suffix k, M, G, T, P or E if need be
+    #[arg(long, value_name = "SIZE", requires = "regions", value_parser = parse_size)]
+    grow: Option<u64>,
+
     /// Print nothing
     #[arg(short = 'q')]
     quiet: bool,
@@ -85,7 +90,9 @@ impl Create {
             return Err(invalid("a child is a qcow2 image: leave -f out"));
         }
         if options.size.is_some() {
-            return Err(invalid("a child is as large as its base: leave the size out"));
+            return Err(invalid(
+                "a child is as large as its base: leave the size out, or give it block groups of its own with --grow",
+            ));
         }
         let report = if self.quiet {
             Report::None
@@ -97,6 +104,7 @@ impl Create {
             base,
             base_format: self.backing_format,
             regions: &self.regions,
+            grow: self.grow,
             options: options.qcow2,
             given,
         };

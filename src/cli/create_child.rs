@@ -34,6 +34,8 @@ pub(super) struct ChildRequest<'a> {
     pub(super) base_format: Option<Format>,
     /// The regions that the child is to own.
     pub(super) regions: &'a [String],
+    /// How much room the child is to have behind the end of the base's filesystem, in bytes.
+    pub(super) grow: Option<u64>,
     /// The image's options, as far as they were given.
     pub(super) options: CreateOptions,
     /// The keys of the options that were given.
@@ -63,7 +65,7 @@ impl ChildRequest<'_> {
             .context(|| "the base (its format is given with -F)")?;
         self.refuse_own_base(&base.source)?;
         let declaration = read_base_declaration(&base.source.path, base.source.header.as_ref())?;
-        let child = NewChild::plan(&*base.image, &declaration, self.regions)
+        let child = NewChild::plan_grown(&*base.image, &declaration, self.regions, self.grow)
             .await
             .context(|| path.display().to_string())?;
         let mut options = self.options_for(&child)?;

@@ -127,7 +127,7 @@ impl Superblock {
 
     /// How many blocks of the descriptor table lie together behind the superblock; the rest, under `meta_bg`, lie in
     /// the groups that they describe.
-    fn descriptor_blocks_at_start(&self) -> u32 {
+    pub(super) fn descriptor_blocks_at_start(&self) -> u32 {
         if self.features.has(Feature::META_BG) {
             self.first_meta_bg.min(self.descriptor_blocks())
         } else {
@@ -159,6 +159,18 @@ impl Superblock {
             return true;
         }
         [3, 5, 7].into_iter().any(|base| is_power_of(base, group))
+    }
+
+    /// Which blocks of the descriptor table `group` begins with, as copies or in use.
+    #[must_use]
+    pub fn copied_descriptor_blocks(&self, group: BlockGroup) -> Range<u32> {
+        let count = self.group_head(group).descriptor_blocks;
+        let meta_group = group.0 / self.descriptors_per_block();
+        if self.features.has(Feature::META_BG) && meta_group >= self.first_meta_bg {
+            meta_group..meta_group.saturating_add(count)
+        } else {
+            0..count
+        }
     }
 
     /// What `group` begins with.

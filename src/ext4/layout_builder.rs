@@ -5,7 +5,7 @@
 
 use super::extent::Extent;
 use super::features::Feature;
-use super::group_descriptor::{self, GroupDescriptor};
+use super::group_descriptor::{self, GroupDescriptor, Locations};
 use super::layout::{InternalFiles, Layout, Run, Tag};
 use super::locations::LocationTable;
 use super::superblock::Superblock;
@@ -53,19 +53,28 @@ impl<'a> LayoutBuilder<'a> {
             }
             let group = BlockGroup(self.next);
             group_descriptor::verify(&superblock.checksums, group, bytes)?;
-            let at = GroupDescriptor::parse(bytes).locations;
-            let structures = [
-                (Tag::BlockBitmap, at.block_bitmap, 1),
-                (Tag::InodeBitmap, at.inode_bitmap, 1),
-                (Tag::InodeTable, at.inode_table, self.inode_table_blocks),
-            ];
-            for (open, (tag, start, len)) in structures.into_iter().enumerate() {
-                let run = run_of_group(superblock, group, tag, start, len)?;
-                self.add_run(open, run);
-            }
-            self.locations.push(at);
-            self.next += 1;
+            self.add_group(GroupDescriptor::parse(bytes).locations)?;
         }
+        Ok(())
+    }
+
+    /// Takes the next group, whose structures are `at`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`], naming the group and the value, if they leave the filesystem.
+    pub fn add_group(&mut self, at: Locations) -> Result<()> {
+        let group = BlockGroup(self.next);
+        let structures = [
+            (Tag::BlockBitmap, at.block_bitmap, 1),
+            (Tag::InodeBitmap, at.inode_bitmap, 1),
+            (Tag::InodeTable, at.inode_table, self.inode_table_blocks),
+        ];
+        for (open, (tag, start, len)) in structures.into_iter().enumerate() {
+            let run = run_of_group(self.superblock, group, tag, start, len)?;
+            self.add_run(open, run);
+        }
+        self.locations.push(at);
+        self.next += 1;
         Ok(())
     }
 

@@ -14,6 +14,7 @@
 use serde::{Deserialize, Serialize};
 
 pub use super::group_list::GroupList;
+pub use super::grown::Grown;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The version of a document in which all regions are private.
@@ -21,6 +22,9 @@ const VERSION: u32 = 1;
 
 /// The version of one that says more: a program that knows the first alone must not serve it.
 const VERSION_WITH_SHARED: u32 = 2;
+
+/// The version of a child's with block groups of its own behind the end of its base's filesystem.
+const VERSION_WITH_GROWN: u32 = 3;
 
 /// The longest document that is read, in bytes.
 pub const MAX_DECLARATION_BYTES: usize = 64 << 10;
@@ -65,6 +69,9 @@ pub struct ChildDeclaration {
     /// What the leases of the child's shared regions may say of their holder: see [`super::lease`].
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub nonces: Vec<String>,
+    /// The block groups that the child alone has.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub grown: Option<Grown>,
 }
 
 /// Where an ext4 filesystem lies on the disk.
@@ -184,12 +191,12 @@ impl Declaration {
         };
         let Version { version } =
             serde_json::from_slice(bytes).map_err(|e| unreadable(Box::new(e)))?;
-        if !(VERSION..=VERSION_WITH_SHARED).contains(&version) {
+        if !(VERSION..=VERSION_WITH_GROWN).contains(&version) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(
-                    "the region declaration has version {version}, only versions {VERSION} and \
-                     {VERSION_WITH_SHARED} are known"
+                    "the region declaration has version {version}, only versions {VERSION} to \
+                     {VERSION_WITH_GROWN} are known"
                 ),
             ));
         }
@@ -236,7 +243,9 @@ impl Declaration {
     }
 
     fn version(&self) -> u32 {
-        if self.regions().iter().all(|r| r.sharing.is_private()) {
+        if matches!(self, Self::Child(child) if child.grown.is_some()) {
+            VERSION_WITH_GROWN
+        } else if self.regions().iter().all(|r| r.sharing.is_private()) {
             VERSION
         } else {
             VERSION_WITH_SHARED
@@ -487,7 +496,7 @@ mod tests {
 
     #[test]
     fn another_version_is_told_from_garbage() {
-        let error = Declaration::parse(br#"{"version":3,"future":{}}"#).unwrap_err();
+        let error = Declaration::parse(br#"{"version":4,"future":{}}"#).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         for garbage in [&b""[..], b"{", b"[1]", br#"{"version":1}"#] {
             let error = Declaration::parse(garbage).unwrap_err();

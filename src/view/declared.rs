@@ -11,12 +11,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::declaration::{
-    BaseDeclaration, ChildDeclaration, Declaration, GroupList, MAX_DECLARATION_BYTES,
+    BaseDeclaration, ChildDeclaration, Declaration, GroupList, MAX_DECLARATION_BYTES, Region,
 };
 use super::disk::View;
 use super::lease::{Claimant, Keeper, check_settled};
 use super::merged::Merged;
-use super::open::{SharedBase, child_territory, open_base_through, open_holder};
+use super::open::{SharedBase, check_length, child_territory, open_base_through, open_holder};
 use super::probe::Probe;
 use super::refresh::{PinName, Policy, follow};
 use super::region_change;
@@ -269,17 +269,31 @@ impl Declared {
     /// # Errors
     /// As [`usage`].
     pub async fn usage(&self) -> Result<Vec<RegionUse>> {
-        let probe = Probe::of_declared(&*self.base, &self.declaration).await?;
-        let regions = match &self.child {
-            Some(child) => &child.regions,
-            None => &self.declaration.regions,
-        };
+        let probe = self.probe(&*self.base).await?;
+        let regions = self.regions(probe.as_ref());
         let place = Place {
             own: &*self.own,
             base: &*self.base,
             declaration: &self.declaration,
         };
-        usage(&place, probe.as_ref(), regions).await
+        usage(&place, probe.as_ref(), &regions).await
+    }
+
+    /// The filesystem in `base`, which is the base's disk, as the image's VM has it.
+    pub(super) async fn probe(&self, base: &dyn Image) -> Result<Option<Probe>> {
+        match &self.child {
+            Some(child) => Probe::of_child(base, &self.declaration, child).await,
+            None => Probe::of_declared(base, &self.declaration).await,
+        }
+    }
+
+    /// The image's regions, and the groups of `probe` that a child alone has as one more.
+    pub(super) fn regions(&self, probe: Option<&Probe>) -> Vec<Region> {
+        let Some(child) = &self.child else {
+            return self.declaration.regions.clone();
+        };
+        let grown = probe.and_then(|probe| probe.grown_region(&child.regions));
+        child.regions.iter().cloned().chain(grown).collect()
     }
 
     /// Takes over what the base has added to a child's regions; the overlay must be open for writing. Returns what the
@@ -307,6 +321,7 @@ pub async fn merged_of(disk: &OpenImage) -> Result<Merged> {
     let (_, base, declaration) = base_of(disk)?;
     check_settled(&declaration, &child)?;
     let territory = child_territory(&*base, &declaration, &child).await?;
+    check_length(&*disk.image, &territory)?;
     Merged::open(Arc::clone(&disk.image), base, territory).await
 }
 

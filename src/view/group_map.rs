@@ -2,6 +2,7 @@
 //! shown them.
 
 use super::declaration::{Extent, Region, Sharing};
+use super::grown::NAME;
 use super::open::group_set;
 use super::ownership::GroupSet;
 use super::probe::{Probe, read_block};
@@ -88,6 +89,15 @@ pub(super) struct Looked<'a> {
     pub(super) child: Option<(&'a dyn Image, &'a [Region])>,
 }
 
+impl GroupMap {
+    /// Enters the region of this index in [`GroupMap::regions`] as the owner of `group`.
+    fn set_owner(&mut self, group: BlockGroup, region: usize) {
+        if let Some(group) = self.groups.get_mut(group.0 as usize) {
+            group.owner = Owner::Region(region);
+        }
+    }
+}
+
 impl Looked<'_> {
     /// All groups.
     ///
@@ -100,8 +110,8 @@ impl Looked<'_> {
             Some((_, regions)) => {
                 let is_private = |region: &&Region| region.sharing == Sharing::Private;
                 let private: Vec<Region> = regions.iter().filter(is_private).cloned().collect();
-                let own = group_set(self.probe, regions)?;
-                (own, group_set(self.probe, &private)?)
+                let own = self.probe.groups_of_child(regions)?;
+                (own, self.probe.groups_of_child(&private)?)
             }
             None => (
                 reserved.complement(),
@@ -123,9 +133,13 @@ impl Looked<'_> {
                 continue;
             };
             for group in list.iter() {
-                if let Some(group) = map.groups.get_mut(group.0 as usize) {
-                    group.owner = Owner::Region(index);
-                }
+                map.set_owner(group, index);
+            }
+        }
+        if let Some(growth) = self.probe.growth() {
+            map.regions.push(NAME.to_owned());
+            for group in growth.groups() {
+                map.set_owner(group, map.regions.len() - 1);
             }
         }
         Ok(map)
@@ -134,22 +148,28 @@ impl Looked<'_> {
     /// Adds the groups whose descriptors are in block `index` of the table.
     async fn add_descriptor_block(&self, index: u32, own: &Own, map: &mut GroupMap) -> Result<()> {
         let superblock = self.probe.superblock();
-        let of_base = self.descriptors(self.base, index).await?;
+        let first = index.saturating_mul(superblock.descriptors_per_block());
         let of_child = match self.child {
             Some((overlay, _)) => Some((overlay, self.descriptors(overlay, index).await?)),
             None => None,
         };
+        let of_base = match &of_child {
+            // The base may end before.
+            Some((_, table)) if first >= self.probe.base_group_count() => table.clone(),
+            _ => self.descriptors(self.base, index).await?,
+        };
         let size = usize::from(superblock.descriptor_size);
-        let first = index.saturating_mul(superblock.descriptors_per_block());
         let groups = (first..superblock.group_count).map(BlockGroup);
         for (within, group) in (0..of_base.len() / size).zip(groups) {
             let is_own = own.own.contains(group);
-            let (disk, table) = match &of_child {
-                Some((overlay, table)) if own.in_overlay.contains(group) => (*overlay, table),
-                _ => (self.base, &of_base),
+            let (disk, table, stored) = match &of_child {
+                Some((overlay, table)) if own.in_overlay.contains(group) => {
+                    (*overlay, table, StoredIn::Overlay)
+                }
+                _ => (self.base, &of_base, StoredIn::Base),
             };
             let descriptor = GroupDescriptor::parse(&table[within * size..(within + 1) * size]);
-            let (blocks, inodes) = self.fill(disk, group, descriptor).await?;
+            let (blocks, inodes) = self.fill(disk, stored, group, descriptor).await?;
             let is_unused = inodes.used == 0 && blocks.used == self.structures(group).own;
             map.groups.push(GroupUse {
                 owner: if is_unused {
@@ -176,6 +196,7 @@ impl Looked<'_> {
     async fn fill(
         &self,
         disk: &dyn Image,
+        stored: StoredIn,
         group: BlockGroup,
         descriptor: GroupDescriptor,
     ) -> Result<(Fill, Fill)> {
@@ -191,7 +212,12 @@ impl Looked<'_> {
                 used: self.structures(group).all,
             }
         } else {
-            let bits = read(locations.block_bitmap).await?;
+            let mut bits = read(locations.block_bitmap).await?;
+            if let (Some(growth), StoredIn::Base) = (self.probe.growth(), stored)
+                && growth.last_group().0 == group
+            {
+                growth.lengthen_block_bitmap(&mut bits);
+            }
             Fill::of(blocks, bitmap::count_free(&bits, blocks))
         };
         let all = superblock.inodes_per_group;
@@ -230,6 +256,13 @@ struct Own {
     own: GroupSet,
     /// Those that a child has in its overlay, not in the base.
     in_overlay: GroupSet,
+}
+
+/// Where a group's bitmaps were read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum StoredIn {
+    Base,
+    Overlay,
 }
 
 /// Blocks of structures.

@@ -7,11 +7,12 @@
 use std::sync::Arc;
 
 use super::compose::{put_superblock, read_bytes, superblock_in};
+use super::merged_growth::AroundGrown;
 use super::route::{Composed, Piece, Pieces, Route, Treatment};
 use super::territory::{Filesystem, Territory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ext4::group_descriptor::GroupDescriptor;
-use crate::ext4::superblock::Superblock;
+use crate::ext4::superblock::{SUPERBLOCK_SIZE, Superblock};
 use crate::ext4::volatile::{self, FreeCounts};
 use crate::image::{Image, ImageFuture};
 use crate::jobs::extents::Extents;
@@ -23,9 +24,11 @@ use crate::units::GuestOffset;
 pub struct Merged {
     own: Arc<dyn Image>,
     truth: Arc<dyn Image>,
-    territory: Territory,
+    pub(super) territory: Territory,
     /// The block of the superblock.
-    superblock_block: Vec<u8>,
+    pub(super) superblock_block: Vec<u8>,
+    /// What else is not as the base has it, if the child has groups behind the base's end.
+    pub(super) around: Option<AroundGrown>,
 }
 
 impl Merged {
@@ -44,8 +47,10 @@ impl Merged {
             truth,
             territory,
             superblock_block: Vec::new(),
+            around: None,
         };
         if let Some(filesystem) = merged.territory.filesystem() {
+            merged.around = AroundGrown::read(&*merged.truth, filesystem).await?;
             merged.superblock_block = merged.merge_superblock(filesystem).await?;
         }
         Ok(merged)
@@ -72,7 +77,7 @@ impl Merged {
         let what = match piece.treatment {
             Treatment::Composed(what) => what,
             Treatment::Foreign(_) | Treatment::InPlace => {
-                return self.truth.read(piece.at, part).await;
+                return self.read_truth(piece, part).await;
             }
             Treatment::Through | Treatment::Journal => return self.own.read(piece.at, part).await,
         };
@@ -89,21 +94,36 @@ impl Merged {
                 part.copy_from(0, &block[filesystem.within_block(piece)]);
                 Ok(())
             }
-            _ => self.truth.read(piece.at, part).await,
+            _ => self.read_truth(piece, part).await,
         }
     }
 
+    async fn read_truth(&self, piece: &Piece, part: IoBuf) -> Result<()> {
+        self.truth.read(piece.at, part.clone()).await?;
+        self.correct(piece, &part).await
+    }
+
     /// Block `index` of the descriptor table: every descriptor as its owner wrote it.
-    async fn merge_descriptors(&self, filesystem: &Filesystem, index: u32) -> Result<Vec<u8>> {
+    pub(super) async fn merge_descriptors(
+        &self,
+        filesystem: &Filesystem,
+        index: u32,
+    ) -> Result<Vec<u8>> {
         let at = filesystem.offset_of(filesystem.superblock().descriptor_block(index));
         let len = filesystem.block_size();
-        let mut merged = read_bytes(&*self.truth, at, len).await?;
         let own = read_bytes(&*self.own, at, len).await?;
+        if filesystem.describes_new_groups_alone(index) {
+            return Ok(own);
+        }
+        let mut merged = read_bytes(&*self.truth, at, len).await?;
         let size = usize::from(filesystem.superblock().descriptor_size);
         let records = merged.chunks_exact_mut(size).zip(own.chunks_exact(size));
         for (group, (merged, own)) in filesystem.groups_of_descriptor_block(index).zip(records) {
+            let around = self.around.as_ref();
             if filesystem.owns(group) && !filesystem.is_in_place(group) {
                 merged.copy_from_slice(own);
+            } else if let Some(longer) = around.and_then(|around| around.descriptor(group)) {
+                merged.copy_from_slice(longer);
             }
         }
         Ok(merged)
@@ -116,7 +136,7 @@ impl Merged {
         let mut block = read_bytes(&*self.truth, at, len).await?;
         let base = superblock_in(&block)?;
         let own = superblock_in(&read_bytes(&*self.own, at, len).await?)?;
-        let mut merged = volatile::scatter_superblock(&base, &own);
+        let mut merged = volatile::scatter_superblock(&self.structure(filesystem, &base), &own);
         for (bytes, image) in [(&base, &self.truth), (&merged, &self.own)] {
             if !Superblock::parse(bytes)?.is_clean() {
                 return Err(Error::new(
@@ -133,6 +153,18 @@ impl Merged {
         volatile::put_free(&mut merged, free);
         put_superblock(&mut block, &merged);
         Ok(block)
+    }
+
+    /// The superblock whose structure the disk has: the base's, or a longer one.
+    fn structure(
+        &self,
+        filesystem: &Filesystem,
+        base: &[u8; SUPERBLOCK_SIZE],
+    ) -> [u8; SUPERBLOCK_SIZE] {
+        match &self.around {
+            Some(_) => *filesystem.structure(),
+            None => *base,
+        }
     }
 
     async fn count_free(&self, filesystem: &Filesystem) -> Result<FreeCounts> {

@@ -9,10 +9,14 @@ use super::compose::{put_superblock, superblock_in};
 use super::declaration::{
     BaseDeclaration, ChildDeclaration, Extent as Part, Region, check_owned_together,
 };
-use super::probe::{Descriptors, Place, map_file, read_block, read_inode, read_superblock};
+use super::grown::{self, Grown};
+use super::new_groups::NewGroups;
+use super::open::group_set;
+use super::probe::{Descriptors, Place, Probe, map_file, read_block, read_inode, read_superblock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ext4::extent::Extent;
 use crate::ext4::group_descriptor::GroupDescriptor;
+use crate::ext4::growth::Growth;
 use crate::ext4::inode::Inode;
 use crate::ext4::jbd2::{self, JOURNAL_SUPERBLOCK_SIZE};
 use crate::ext4::mmp;
@@ -37,7 +41,7 @@ const MAX_ORPHAN_FILE: u64 = 8 << 20;
 pub struct NewChild {
     /// What the overlay declares.
     pub declaration: ChildDeclaration,
-    /// The overlay's length in bytes: the base's.
+    /// The overlay's length in bytes: the base's, or more for a child with block groups behind its end.
     pub virtual_size: u64,
     /// The largest unit of copy-on-write that never holds blocks of two owners, in bytes.
     pub subcluster_size: u64,
@@ -56,6 +60,21 @@ impl NewChild {
         base: &dyn Image,
         declaration: &BaseDeclaration,
         names: &[String],
+    ) -> Result<Self> {
+        Self::plan_grown(base, declaration, names, None).await
+    }
+
+    /// As [`NewChild::plan`], for a child that has at least `grow` bytes of block groups of its own besides, behind the
+    /// end of the base's filesystem.
+    ///
+    /// # Errors
+    /// As [`NewChild::plan`]; [`ErrorKind::InvalidConfig`] and [`ErrorKind::Unsupported`] if there can be no such
+    /// groups.
+    pub async fn plan_grown(
+        base: &dyn Image,
+        declaration: &BaseDeclaration,
+        names: &[String],
+        grow: Option<u64>,
     ) -> Result<Self> {
         let mut regions: Vec<Region> = Vec::new();
         for name in names {
@@ -76,18 +95,23 @@ impl NewChild {
                 base: declaration.id.clone(),
                 regions,
                 nonces: Vec::new(),
+                grown: None,
             },
             virtual_size: base.virtual_size(),
             subcluster_size: DEFAULT_SUBCLUSTER,
             zeroes: Vec::new(),
             blocks: Vec::new(),
         };
+        let growth = match grow {
+            Some(bytes) => Some(child.plan_groups(base, declaration, bytes).await?),
+            None => None,
+        };
         if let Some(declared) = &declaration.filesystem {
             let place = Place {
                 start: GuestOffset(declared.start),
                 length: declared.length,
             };
-            child.plan_filesystem(base, place).await?;
+            child.plan_filesystem(base, place, growth).await?;
         }
         for region in &declaration.regions {
             if let Part::Partition { start, length, .. } = region.extent {
@@ -111,12 +135,62 @@ impl NewChild {
         }
     }
 
-    async fn plan_filesystem(&mut self, base: &dyn Image, place: Place) -> Result<()> {
+    /// Plans block groups of at least `bytes` bytes that the child alone has, and declares them.
+    async fn plan_groups(
+        &mut self,
+        base: &dyn Image,
+        declaration: &BaseDeclaration,
+        bytes: u64,
+    ) -> Result<(Growth, FreeCounts)> {
+        let regions = &self.declaration.regions;
+        grown::check_beside(regions)?;
+        let probe = Probe::of_declared(base, declaration).await?;
+        let probe = probe.ok_or_else(|| {
+            Error::new(ErrorKind::InvalidConfig, "the base declares no filesystem")
+        })?;
+        let growth = grown::plan(&probe, bytes)?;
+        let new = NewGroups::plan(base, &probe, &growth, &group_set(&probe, regions)?).await?;
+        self.declaration.grown = Some(Grown::of(&growth));
+        // Nothing may lie where the groups are to be.
+        let (place, superblock) = (probe.place(), growth.after());
+        self.virtual_size = self
+            .virtual_size
+            .max(place.start.0.saturating_add(superblock.len_bytes()));
+        for (first, len) in new.zeroes {
+            self.zero_blocks(place, superblock, first, len);
+        }
+        for (block, bytes) in new.blocks {
+            self.put_block(place, superblock, block, bytes);
+        }
+        probe.with(growth.clone())?;
+        Ok((growth, new.free))
+    }
+
+    async fn plan_filesystem(
+        &mut self,
+        base: &dyn Image,
+        place: Place,
+        growth: Option<(Growth, FreeCounts)>,
+    ) -> Result<()> {
         let (superblock, _) = read_superblock(base, place).await?;
         self.subcluster_size = u64::from(superblock.block_size).min(DEFAULT_SUBCLUSTER * 16);
         self.align_to(place.start.0);
         let free = self.count_free(base, place, &superblock).await?;
-        self.plan_superblock(base, place, &superblock, free).await?;
+        let free = [
+            free,
+            growth
+                .as_ref()
+                .map_or_else(FreeCounts::default, |(_, new)| *new),
+        ];
+        let growth = growth.map(|(growth, _)| growth);
+        self.plan_superblock(
+            base,
+            place,
+            &superblock,
+            growth.as_ref(),
+            free.into_iter().sum(),
+        )
+        .await?;
         self.plan_journal(base, place, &superblock).await?;
         self.plan_mmp(base, place, &superblock).await?;
         self.plan_orphan_file(base, place, &superblock).await
@@ -149,20 +223,22 @@ impl NewChild {
         base: &dyn Image,
         place: Place,
         superblock: &Superblock,
+        growth: Option<&Growth>,
         free: FreeCounts,
     ) -> Result<()> {
         let number = FsBlock(u64::from(superblock.first_data_block));
         let mut block = read_block(base, place, superblock, number).await?;
-        let mut own = superblock_in(&block)?;
+        let mut own = match growth {
+            Some(growth) => *growth.bytes(),
+            None => superblock_in(&block)?,
+        };
+        let whole = growth.map_or(superblock, Growth::after);
         volatile::put_clean(&mut own);
         // A kernel that counts otherwise than the superblock says writes its count into all backups, which are the
         // base's.
         let journal = map_file(base, place, superblock, superblock.journal_inode).await?;
         let blocks = |sum: u32, extent: &Extent| sum.saturating_add(extent.len);
-        volatile::put_overhead(
-            &mut own,
-            superblock.overhead(journal.iter().fold(0, blocks)),
-        );
+        volatile::put_overhead(&mut own, whole.overhead(journal.iter().fold(0, blocks)));
         volatile::put_free(&mut own, free);
         put_superblock(&mut block, &own);
         self.put_block(place, superblock, number, block);
@@ -253,10 +329,13 @@ impl NewChild {
     }
 
     fn zero_extent(&mut self, place: Place, superblock: &Superblock, extent: &Extent) {
+        self.zero_blocks(place, superblock, extent.start, u64::from(extent.len));
+    }
+
+    fn zero_blocks(&mut self, place: Place, superblock: &Superblock, first: FsBlock, len: u64) {
         let block_size = u64::from(superblock.block_size);
-        let at = place.start.0 + extent.start.0 * block_size;
-        self.zeroes
-            .push((GuestOffset(at), u64::from(extent.len) * block_size));
+        let at = place.start.0 + first.0 * block_size;
+        self.zeroes.push((GuestOffset(at), len * block_size));
     }
 
     /// Writes what the child begins with into its fresh overlay, and makes it durable.

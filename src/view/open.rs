@@ -134,6 +134,7 @@ async fn open_claiming(
     let name = overlay.name().to_owned();
     let opened = async {
         let territory = child_territory(&*base.disk, &base.declaration, child).await?;
+        check_length(&*overlay, &territory)?;
         let holding = claim(&*overlay, &territory, child, base, claimant).await?;
         let has_shared = child.shared_regions().next().is_some();
         let stores = Stores {
@@ -153,6 +154,23 @@ async fn open_claiming(
     opened
         .await
         .context(|| format!("opening {name} on {}", base.disk.name()))
+}
+
+/// Holds an overlay to the length of its filesystem, which may go beyond the base's end.
+///
+/// # Errors
+/// [`ErrorKind::InvalidConfig`] if it is shorter.
+pub(super) fn check_length(overlay: &dyn Image, territory: &Territory) -> Result<()> {
+    let needed = territory
+        .filesystem()
+        .map_or(0, |filesystem| filesystem.range().end.0);
+    let size = overlay.virtual_size();
+    if size >= needed {
+        return Ok(());
+    }
+    Err(invalid(format!(
+        "the child's disk has {size} bytes, and its filesystem {needed}: make it as long again with `seethrough resize`"
+    )))
 }
 
 /// The right to write what the child shares, if it is going to.
@@ -239,11 +257,14 @@ pub async fn child_territory(
     let Some(probe) = Probe::of_declared(base, declaration).await? else {
         return Ok(Territory::new(Side::Child, None, areas));
     };
-    let owned = group_set(&probe, &child.regions)?;
+    // Bounds the lists before they are walked.
+    group_set(&probe, &child.regions)?;
     let shared: Vec<Region> = child.shared_regions().cloned().collect();
-    let in_place = group_set(&probe, &shared)?;
     let private = child.regions.iter().filter(|one| !shared.contains(one));
     check_unused(base, &probe, private).await?;
+    let probe = probe.for_child(child)?;
+    let owned = probe.groups_of_child(&child.regions)?;
+    let in_place = group_set(&probe, &shared)?;
     let filesystem = Filesystem::new(Side::Child, probe, owned, in_place);
     Ok(Territory::new(Side::Child, Some(filesystem), areas))
 }
@@ -286,10 +307,10 @@ fn occupants(region: &Region) -> Option<Occupants> {
 /// The groups of all `regions`.
 ///
 /// # Errors
-/// If one of them is not a group of the filesystem, is group 0, or is in two regions.
+/// If one of them is not a group of the base's filesystem, is group 0, or is in two regions.
 pub(super) fn group_set(probe: &Probe, regions: &[Region]) -> Result<GroupSet> {
-    let group_count = probe.superblock().group_count;
-    let mut set = GroupSet::none(group_count);
+    let group_count = probe.base_group_count();
+    let mut set = GroupSet::none(probe.superblock().group_count);
     for region in regions {
         let Extent::Groups { list, .. } = &region.extent else {
             continue;

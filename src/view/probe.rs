@@ -8,6 +8,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::ext4::extent::{Extent, FileMap};
 use crate::ext4::features::Feature;
 use crate::ext4::group_descriptor::{self, GroupDescriptor};
+use crate::ext4::growth::Growth;
 use crate::ext4::inode::{self, Inode};
 use crate::ext4::jbd2::JournalSuperblock;
 use crate::ext4::layout::{InternalFiles, Layout};
@@ -217,13 +218,16 @@ fn descriptor_run(superblock: &Superblock, index: u32) -> (FsBlock, u32) {
 }
 
 /// An ext4 filesystem on a disk: where it is, what it is and what is where in it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Probe {
     place: Place,
     superblock: Superblock,
     superblock_bytes: [u8; SUPERBLOCK_SIZE],
     layout: Layout,
     journal: Vec<Extent>,
+    orphan_file: Vec<Extent>,
+    /// What makes it longer than the filesystem on the disk, for a child that has groups of its own behind that.
+    growth: Option<Growth>,
 }
 
 impl Probe {
@@ -308,7 +312,59 @@ impl Probe {
             superblock_bytes,
             layout,
             journal,
+            orphan_file,
+            growth: None,
         })
+    }
+
+    /// The filesystem made longer by `growth`, which was planned for it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] if something of the filesystem lies where the new groups are to be.
+    pub(super) fn with(self, growth: Growth) -> Result<Self> {
+        let superblock = growth.after().clone();
+        let mut builder = LayoutBuilder::new(&superblock);
+        for group in superblock.groups() {
+            let at = growth
+                .locations(group)
+                .or_else(|| self.layout.locations(group));
+            let at = at.ok_or_else(|| {
+                Error::new(
+                    ErrorKind::OutOfBounds,
+                    format!("nothing is known of block group {group}"),
+                )
+            })?;
+            builder.add_group(at)?;
+        }
+        let layout = builder.finish(InternalFiles {
+            journal: &self.journal,
+            orphan_file: &self.orphan_file,
+            mmp: superblock.mmp_block,
+        })?;
+        Ok(Self {
+            place: Place {
+                start: self.place.start,
+                length: superblock.len_bytes(),
+            },
+            superblock_bytes: *growth.bytes(),
+            superblock,
+            layout,
+            growth: Some(growth),
+            ..self
+        })
+    }
+
+    /// What makes the filesystem longer than the one on the base.
+    pub(super) fn growth(&self) -> Option<&Growth> {
+        self.growth.as_ref()
+    }
+
+    /// How many groups the filesystem on the base has.
+    pub(super) fn base_group_count(&self) -> u32 {
+        match &self.growth {
+            Some(growth) => growth.before().group_count,
+            None => self.superblock.group_count,
+        }
     }
 }
 

@@ -6,11 +6,12 @@
 use super::choose::choose;
 use super::declaration::{BaseDeclaration, ChildDeclaration, Extent, GroupList, Region, Sharing};
 use super::lease::held;
+use super::new_groups::lengthened;
 use super::open::{check_unused, group_set};
 use super::prepare::{Groups, check_groups, check_sound};
 use super::probe::{Probe, map_file, read_descriptor};
 use crate::error::{Error, ErrorKind, Result};
-use crate::ext4::group_descriptor;
+use crate::ext4::group_descriptor::{self, GroupDescriptor};
 use crate::image::Image;
 use crate::sys::IoBuf;
 use crate::units::{BlockGroup, FsBlock, GuestOffset, InodeNumber};
@@ -166,8 +167,38 @@ pub async fn adopt(
     for group in new.iter().filter(|group| private.contains(*group)) {
         copy_descriptor(&probe, group, base, own).await?;
     }
+    lengthen_last_group(probe, child, &new, base, own).await?;
     own.close().await?;
     Ok((adopted, new))
+}
+
+/// The last of the base's groups is longer for a child with groups behind it. If it is one of the `new` ones, the
+/// child's overlay `own` gets it so.
+async fn lengthen_last_group(
+    probe: Probe,
+    child: &ChildDeclaration,
+    new: &GroupList,
+    base: &dyn Image,
+    own: &dyn Image,
+) -> Result<()> {
+    let whole = probe.clone().for_child(child)?;
+    let Some(growth) = whole.growth() else {
+        return Ok(());
+    };
+    let (last, gained) = growth.last_group();
+    if gained.is_empty() || !new.contains(last) {
+        return Ok(());
+    }
+    let bytes = lengthened(base, &probe, growth).await?;
+    let superblock = probe.superblock();
+    let bitmap = GroupDescriptor::parse(&bytes.descriptor)
+        .locations
+        .block_bitmap;
+    let at = probe.place().start.0 + bitmap.0 * u64::from(superblock.block_size);
+    own.write(GuestOffset(at), IoBuf::from_bytes(&bytes.block_bitmap))
+        .await?;
+    let at = descriptor_offset(&probe, last);
+    own.write(at, IoBuf::from_bytes(&bytes.descriptor)).await
 }
 
 /// An overlay that has written a block of the descriptor table holds the descriptors of all its groups, and those that
@@ -181,12 +212,20 @@ async fn copy_descriptor(
     let superblock = probe.superblock();
     let descriptor = read_descriptor(base, probe.place(), superblock, group).await?;
     group_descriptor::verify(&superblock.checksums, group, &descriptor)?;
+    own.write(
+        descriptor_offset(probe, group),
+        IoBuf::from_bytes(&descriptor),
+    )
+    .await
+}
+
+/// Where the descriptor of `group` lies on the disk.
+fn descriptor_offset(probe: &Probe, group: BlockGroup) -> GuestOffset {
+    let superblock = probe.superblock();
     let per_block = superblock.descriptors_per_block();
     let block = superblock.descriptor_block(group.0 / per_block);
     let within = u64::from(group.0 % per_block) * u64::from(superblock.descriptor_size);
-    let at = probe.place().start.0 + block.0 * u64::from(superblock.block_size) + within;
-    own.write(GuestOffset(at), IoBuf::from_bytes(&descriptor))
-        .await
+    GuestOffset(probe.place().start.0 + block.0 * u64::from(superblock.block_size) + within)
 }
 
 async fn filesystem_of(disk: &dyn Image, declared: &BaseDeclaration) -> Result<Probe> {

@@ -1,6 +1,7 @@
 //! What the regions of a base or a child are, and how full they are.
 
 use super::declaration::{BaseDeclaration, Extent, Region, Sharing};
+use super::grown::NAME;
 use super::open::group_set;
 use super::probe::Probe;
 use crate::error::Result;
@@ -51,7 +52,8 @@ pub async fn usage(
 ) -> Result<Vec<RegionUse>> {
     if let Some(probe) = probe {
         // Bounds the lists before they are walked.
-        group_set(probe, regions)?;
+        let declared: Vec<Region> = regions.iter().filter(|r| r.name != NAME).cloned().collect();
+        group_set(probe, &declared)?;
     }
     let mut all = Vec::new();
     for region in regions {

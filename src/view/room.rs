@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::declared::Declared;
 use super::group_map::{GroupMap, Looked};
 use super::journal::Committed;
-use super::open::{SharedBase, group_set, open_base, open_child};
+use super::open::{SharedBase, open_base, open_child};
 use super::ownership::GroupSet;
 use super::probe::Probe;
 use super::regions::{Place, RegionUse, usage};
@@ -39,17 +39,14 @@ impl Declared {
     /// If what is declared does not fit the disk, and what reading the images returns.
     pub async fn room(&self) -> Result<Room> {
         let settled = self.settled().await?;
-        let probe = Probe::of_declared(&*settled.base, &self.declaration).await?;
-        let regions = match &self.child {
-            Some(child) => &child.regions,
-            None => &self.declaration.regions,
-        };
+        let probe = self.probe(&*settled.base).await?;
+        let regions = self.regions(probe.as_ref());
         let place = Place {
             own: &*settled.own,
             base: &*settled.base,
             declaration: &self.declaration,
         };
-        let regions = usage(&place, probe.as_ref(), regions).await?;
+        let regions = usage(&place, probe.as_ref(), &regions).await?;
         let statfs = match &probe {
             Some(probe) => Some(self.statfs(&settled, probe).await?),
             None => None,
@@ -73,7 +70,7 @@ impl Declared {
     /// [`ErrorKind::InvalidConfig`] if no filesystem is shared; as [`Declared::room`] besides.
     pub async fn group_map(&self) -> Result<GroupMap> {
         let settled = self.settled().await?;
-        let probe = Probe::of_declared(&*settled.base, &self.declaration).await?;
+        let probe = self.probe(&*settled.base).await?;
         let probe = probe.ok_or_else(|| {
             Error::new(
                 ErrorKind::InvalidConfig,
@@ -97,9 +94,9 @@ impl Declared {
             let own = Arc::clone(&base);
             return Ok(Settled { base, own });
         };
-        let filesystem = match Probe::of_declared(&*base, &self.declaration).await? {
+        let filesystem = match self.probe(&*base).await? {
             Some(probe) => {
-                let owned = group_set(&probe, &child.regions)?;
+                let owned = probe.groups_of_child(&child.regions)?;
                 let in_place = GroupSet::none(probe.superblock().group_count);
                 Some(Filesystem::new(Side::Child, probe, owned, in_place))
             }

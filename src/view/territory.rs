@@ -64,6 +64,8 @@ pub struct Filesystem {
     /// Those of the owned groups that a child writes in the base.
     in_place: GroupSet,
     attributes: AttributeBlocks,
+    /// The first block that the base's filesystem does not have. From there on a child has everything to itself.
+    end_of_base: u64,
 }
 
 impl Territory {
@@ -167,6 +169,9 @@ impl Filesystem {
     pub fn new(side: Side, probe: Probe, owned: GroupSet, in_place: GroupSet) -> Self {
         Self {
             side,
+            end_of_base: probe
+                .growth()
+                .map_or(u64::MAX, |growth| growth.first_block().0),
             probe,
             owned,
             in_place,
@@ -261,6 +266,12 @@ impl Filesystem {
     pub(super) fn describes_in_place(&self, index: u32) -> bool {
         self.groups_of_descriptor_block(index)
             .any(|group| self.is_in_place(group))
+    }
+
+    /// Whether block `index` of the descriptor table describes none of the base's groups.
+    pub(super) fn describes_new_groups_alone(&self, index: u32) -> bool {
+        let mut groups = self.groups_of_descriptor_block(index);
+        groups.all(|group| group.0 >= self.probe.base_group_count())
     }
 
     pub(super) fn locations(&self, group: BlockGroup) -> Option<Locations> {
@@ -368,7 +379,13 @@ impl Filesystem {
             };
         };
         let mut end = self.offset_of(FsBlock(block.0.saturating_add(blocks)));
+        if block.0 < self.end_of_base {
+            end = end.min(self.offset_of(FsBlock(self.end_of_base)));
+        }
         let treatment = match kind {
+            Kind::Backup { .. } | Kind::Data { .. } if block.0 >= self.end_of_base => {
+                Treatment::Through
+            }
             Kind::Superblock => self.superblock_treatment(at, end.min(request_end)),
             Kind::Descriptors { index } => {
                 end = self.offset_of(FsBlock(block.0 + 1));
