@@ -7,6 +7,9 @@
     reason = "a test fails by panicking"
 )]
 
+#[path = "view_cli/grown.rs"]
+mod grown;
+
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
@@ -34,18 +37,22 @@ impl Bench {
 
     /// Runs a command line in the bench's directory: whether it succeeded, and what it said.
     fn try_run(&self, line: &str) -> (bool, String) {
-        let mut words = line.split_whitespace();
-        let program = match words.next().unwrap() {
+        self.try_words(&line.split_whitespace().collect::<Vec<_>>())
+    }
+
+    /// As [`Bench::try_run`], of words that may hold spaces.
+    fn try_words(&self, words: &[&str]) -> (bool, String) {
+        let program = match words[0] {
             "seethrough" => env!("CARGO_BIN_EXE_seethrough"),
             other => other,
         };
         let path = format!("/usr/sbin:/sbin:{}", std::env::var("PATH").unwrap());
         let output = Command::new(program)
-            .args(words)
+            .args(&words[1..])
             .current_dir(self.dir.path())
             .env("PATH", path)
             .output()
-            .unwrap_or_else(|error| panic!("{line}: {error}"));
+            .unwrap_or_else(|error| panic!("{words:?}: {error}"));
         let text = [output.stdout, output.stderr].concat();
         (
             output.status.success(),
@@ -59,6 +66,12 @@ impl Bench {
         text
     }
 
+    fn run_words(&self, words: &[&str]) -> String {
+        let (succeeded, text) = self.try_words(words);
+        assert!(succeeded, "{words:?}:\n{text}");
+        text
+    }
+
     fn refused(&self, line: &str) -> String {
         let (succeeded, text) = self.try_run(line);
         assert!(!succeeded, "{line} succeeded:\n{text}");
@@ -67,6 +80,11 @@ impl Bench {
 
     fn make_file(&self, name: &str, len: u64) {
         File::create(self.path(name)).unwrap().set_len(len).unwrap();
+    }
+
+    fn make_longer(&self, name: &str, len: u64) {
+        let file = File::options().write(true).open(self.path(name));
+        file.unwrap().set_len(len).unwrap();
     }
 
     /// A qcow2 base with groups of 8 MiB.

@@ -144,11 +144,15 @@ impl ChildRequest<'_> {
         let image = self.create().await?;
         match report {
             Report::None => Ok(()),
-            Report::Formatting => output::print(&format!(
-                "Formatting '{}', {image} region={}\n",
-                self.file.display(),
-                self.regions.join(",")
-            )),
+            Report::Formatting => {
+                let grow = self.grow.map(|bytes| format!(" grow={bytes}"));
+                output::print(&format!(
+                    "Formatting '{}', {image} region={}{}\n",
+                    self.file.display(),
+                    self.regions.join(","),
+                    grow.unwrap_or_default()
+                ))
+            }
         }
     }
 }

@@ -11,7 +11,7 @@ use super::declaration::{
 };
 use super::grown::{self, Grown};
 use super::new_groups::NewGroups;
-use super::open::group_set;
+use super::open::{group_set, place_of};
 use super::probe::{Descriptors, Place, Probe, map_file, read_block, read_inode, read_superblock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ext4::extent::Extent;
@@ -107,10 +107,7 @@ impl NewChild {
             None => None,
         };
         if let Some(declared) = &declaration.filesystem {
-            let place = Place {
-                start: GuestOffset(declared.start),
-                length: declared.length,
-            };
+            let place = place_of(base, declared)?;
             child.plan_filesystem(base, place, growth).await?;
         }
         for region in &declaration.regions {

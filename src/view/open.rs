@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use super::declaration::{BaseDeclaration, ChildDeclaration, Extent, GroupList, Region, Sharing};
+use super::declaration::{
+    BaseDeclaration, ChildDeclaration, Extent, FilesystemPlace, GroupList, Region, Sharing,
+};
 use super::disk::{InPlace, Stores, View};
 use super::groups::Occupants;
 use super::journal::Committed;
@@ -169,7 +171,7 @@ pub(super) fn check_length(overlay: &dyn Image, territory: &Territory) -> Result
         return Ok(());
     }
     Err(invalid(format!(
-        "the child's disk has {size} bytes, and its filesystem {needed}: make it as long again with `seethrough resize`"
+        "the child's disk has {size} bytes, and its filesystem {needed}: make it as long with `seethrough resize`"
     )))
 }
 
@@ -400,18 +402,7 @@ impl Probe {
         let Some(declared) = &declaration.filesystem else {
             return Ok(None);
         };
-        let place = Place {
-            start: GuestOffset(declared.start),
-            length: declared.length,
-        };
-        let end = place.start.checked_add(place.length);
-        if end.is_none_or(|end| end.0 > disk.virtual_size()) {
-            return Err(Error::new(
-                ErrorKind::Corrupt,
-                "the declared filesystem does not lie on the disk",
-            ));
-        }
-        let probe = Self::read(disk, place).await?;
+        let probe = Self::read(disk, place_of(disk, declared)?).await?;
         if probe.uuid() != declared.uuid {
             return Err(invalid(format!(
                 "the filesystem has UUID {}, but regions were declared for {}; it has been made anew since: \
@@ -422,6 +413,32 @@ impl Probe {
         }
         Ok(Some(probe))
     }
+}
+
+/// Where a declared filesystem lies on `disk`. One that fills a disk from its start on may have been made longer with it.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] if the disk is shorter than when it was declared.
+pub(super) fn place_of(disk: &dyn Image, declared: &FilesystemPlace) -> Result<Place> {
+    let place = Place {
+        start: GuestOffset(declared.start),
+        length: declared.length,
+    };
+    let size = disk.virtual_size();
+    let end = place.start.checked_add(place.length);
+    if end.is_none_or(|end| end.0 > size) {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            "the declared filesystem does not lie on the disk",
+        ));
+    }
+    Ok(match declared.start {
+        0 => Place {
+            length: size,
+            ..place
+        },
+        _ => place,
+    })
 }
 
 fn invalid(context: impl Into<Box<str>>) -> Error {

@@ -180,6 +180,15 @@ impl Bed {
         self.run("seethrough create -b base.qcow2 --region local tom.qcow2");
     }
 
+    /// As [`Bed::prepare`], for a child that has so much room behind the base's end.
+    pub(crate) fn prepare_grown(&self, grow: &str) {
+        self.prepare();
+        fs::remove_file(self.path("tom.qcow2")).unwrap();
+        self.run(&format!(
+            "seethrough create -q -b base.qcow2 --region local --grow {grow} tom.qcow2"
+        ));
+    }
+
     /// Opens both for writing, as the daemon would.
     pub(crate) fn open(&self) -> Family {
         let registry = Registry::new(HostOptions::default());
@@ -251,7 +260,12 @@ impl Family {
             let same =
                 |other: &Kind| std::mem::discriminant(other) == std::mem::discriminant(&kind);
             if is_foreign && !found.iter().any(|(other, _)| same(other)) {
-                let at = place.start.0 + block * u64::from(superblock.block_size);
+                // Of what is kept for descriptors, a child with more groups than the base has the first blocks in use.
+                let one = match kind {
+                    Kind::ReservedDescriptors => block + len - 1,
+                    _ => block,
+                };
+                let at = place.start.0 + one * u64::from(superblock.block_size);
                 found.push((kind, GuestOffset(at)));
             }
             block += len;

@@ -8,6 +8,7 @@
 )]
 
 mod bed;
+mod grown;
 mod rows;
 #[path = "../common/skip.rs"]
 mod skip;

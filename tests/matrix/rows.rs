@@ -564,6 +564,69 @@ pub(crate) static ROWS: &[Row] = &[
     ),
 ];
 
+/// Filesystems for children with groups behind the end: a block of descriptors is for 16 or 32 groups of 1 MiB.
+pub(crate) static GROWN: &[Row] = &[
+    row(
+        "small groups, resize_inode",
+        &["-t", "ext4", "-b", "1024", "-g", "1024", "-J", "size=1"],
+    ),
+    row(
+        "small groups, resize_inode, short descriptors, no checksums",
+        &[
+            "-t",
+            "ext4",
+            "-b",
+            "1024",
+            "-g",
+            "1024",
+            "-J",
+            "size=1",
+            "-O",
+            "^64bit,^metadata_csum,^uninit_bg,^flex_bg",
+        ],
+    ),
+    row(
+        "small groups, nothing kept for descriptors",
+        &[
+            "-t",
+            "ext4",
+            "-b",
+            "1024",
+            "-g",
+            "1024",
+            "-J",
+            "size=1",
+            "-O",
+            "^resize_inode,sparse_super2",
+        ],
+    ),
+    row(
+        "small groups, resize_inode, sparse_super2, crc16",
+        &[
+            "-t",
+            "ext4",
+            "-b",
+            "1024",
+            "-g",
+            "1024",
+            "-J",
+            "size=1",
+            "-O",
+            "sparse_super2,^metadata_csum,uninit_bg",
+        ],
+    ),
+    row(
+        "small groups, blocks of 2 KiB",
+        &["-t", "ext4", "-b", "2048", "-g", "512", "-J", "size=2"],
+    ),
+    row(
+        "small groups, blocks of 4 KiB",
+        &[
+            "-t", "ext4", "-b", "4096", "-g", "256", "-J", "size=4", "-i", "32768",
+        ],
+    ),
+];
+
 /// What is refused: how it is made, and what its refusal has to say.
 pub(crate) static REFUSED: &[(&[&str], &str)] = &[
     (&["-O", "quota"], "tune2fs -O ^quota"),
