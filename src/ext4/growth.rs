@@ -366,7 +366,7 @@ fn packs(
     Ok(packs)
 }
 
-/// How many blocks and inodes there are, and how many blocks are kept for the superuser: as many of a hundred as before.
+/// How many blocks and inodes there are, and how many blocks are kept for the superuser: the same share as before.
 fn put_counts(before: &Superblock, groups: u32, bytes: &mut [u8; SUPERBLOCK_SIZE]) -> Result<()> {
     let all = u64::from(before.group_count) + u64::from(groups);
     let blocks = all

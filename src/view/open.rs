@@ -415,7 +415,7 @@ impl Probe {
     }
 }
 
-/// Where a declared filesystem lies on `disk`. One that fills a disk from its start on may have been made longer with it.
+/// Where a declared filesystem lies on `disk`. One that begins where the disk does may have been made longer with it.
 ///
 /// # Errors
 /// [`ErrorKind::Corrupt`] if the disk is shorter than when it was declared.
