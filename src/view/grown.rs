@@ -48,8 +48,8 @@ impl Grown {
     }
 }
 
-/// Plans groups of at least `bytes` bytes in all behind the end of the filesystem in `probe`, which has to begin where its
-/// disk does.
+/// Plans groups of at least `bytes` bytes in all behind the end of the filesystem in `probe`, which has to begin where
+/// its disk does.
 ///
 /// # Errors
 /// [`ErrorKind::InvalidConfig`] if the filesystem lies in a partition, or no room is asked for; and as

@@ -332,6 +332,7 @@ mod tests {
             base: "0".repeat(32),
             regions: base().regions,
             nonces: Vec::new(),
+            grown: None,
         };
         copy_of(child)
     }

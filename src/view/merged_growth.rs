@@ -1,5 +1,6 @@
 //! What of a base is not as it is stored in the true disk of a child with block groups behind the base's end: the
-//! copies of superblock and descriptors, the inode that keeps room for descriptors, and the end of the base's last group.
+//! copies of superblock and descriptors, the inode that keeps room for descriptors, and the end of the base's last
+//! group.
 //!
 //! A VM that runs needs none of it, so a view shows all this as the base has it. A disk of its own needs all of it.
 
