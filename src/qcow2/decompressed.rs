@@ -138,7 +138,7 @@ impl Qcow2 {
         range: Range<usize>,
         into: IoBuf,
     ) -> Result<()> {
-        let input = IoBuf::zeroed(to_usize(extent.len));
+        let input = IoBuf::to_be_filled(to_usize(extent.len));
         self.storage.readv(extent.at, input.clone()).await?;
         let cluster_size = to_usize(self.geometry.cluster_size());
         let compression_type = self.compression_type;

@@ -216,7 +216,7 @@ impl TableCache {
         if let Some(slice) = self.cached(at) {
             return Ok(slice);
         }
-        let buf = IoBuf::zeroed(to_usize(self.slice_size()));
+        let buf = IoBuf::to_be_filled(to_usize(self.slice_size()));
         self.storage.readv(at, buf.clone()).await?;
         let bytes = buf.to_vec().into_boxed_slice();
         vet(&bytes);

@@ -224,13 +224,13 @@ impl Qcow2 {
                         if self.backed_len(at, len) == 0 {
                             zeros(len)
                         } else {
-                            let copy = IoBuf::zeroed(len);
+                            let copy = IoBuf::to_be_filled(len);
                             reads.push(Piece::boxed(self.read_backing(at, copy.clone())));
                             copy
                         }
                     }
                     Source::Old(old) => {
-                        let copy = IoBuf::zeroed(len);
+                        let copy = IoBuf::to_be_filled(len);
                         let at = HostOffset(old.0 + part.within.start);
                         reads.push(self.data().readv(at, copy.clone()));
                         copy

@@ -159,6 +159,16 @@ fn seek(file: &impl AsFd, at: u64, whence: Whence) -> io::Result<Option<u64>> {
     }
 }
 
+/// Whether the regular file `file` lies in memory alone: on tmpfs or ramfs.
+///
+/// # Errors
+/// As fstatfs(2).
+pub fn is_in_memory(file: &impl AsFd) -> io::Result<bool> {
+    const RAMFS: nix::sys::statfs::FsType = nix::sys::statfs::FsType(0x8584_58f6);
+    let kind = nix::sys::statfs::fstatfs(file)?.filesystem_type();
+    Ok(kind == nix::sys::statfs::TMPFS_MAGIC || kind == RAMFS)
+}
+
 /// Bytes that `file` takes up on its filesystem.
 ///
 /// # Errors

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::fcntl::{FcntlArg, fcntl};
 
 use super::op::Call;
+use super::prompt_io::{Prompt, Promptness};
 use super::{IoBuf, RingOp};
 use crate::units::HostOffset;
 
@@ -21,6 +22,7 @@ struct Inner {
     fd: OwnedFd,
     alignment: u32,
     len: AtomicU64,
+    prompt: Prompt,
 }
 
 impl Drop for Inner {
@@ -42,13 +44,21 @@ impl Drop for Inner {
 }
 
 impl HostFile {
-    /// A file of `len` bytes whose I/O comes in multiples of `alignment` bytes: 1 unless opened with O_DIRECT.
+    /// A file of `len` bytes whose I/O comes in multiples of `alignment` bytes: 1 unless opened with O_DIRECT. All I/O
+    /// goes through rings.
     #[must_use]
     pub fn new(file: File, len: u64, alignment: u32) -> Self {
+        Self::with_promptness(file, len, alignment, Promptness::Never)
+    }
+
+    /// As [`Self::new`], with I/O that ends at once as far as `promptness` goes.
+    #[must_use]
+    pub fn with_promptness(file: File, len: u64, alignment: u32, promptness: Promptness) -> Self {
         Self(Arc::new(Inner {
             fd: file.into(),
             alignment: alignment.max(1),
             len: AtomicU64::new(len),
+            prompt: Prompt::new(promptness),
         }))
     }
 
@@ -133,6 +143,10 @@ impl HostFile {
     /// Cuts or grows the file to `len` bytes. Fails with `EINVAL` on kernels whose rings cannot (before 6.9).
     pub fn truncate(&self, len: u64) -> RingOp {
         RingOp::new(self.clone(), Call::Truncate { len })
+    }
+
+    pub(super) fn prompt(&self) -> &Prompt {
+        &self.0.prompt
     }
 
     /// Whether `moved` bytes of direct I/O can be followed by more: otherwise the file ended there.

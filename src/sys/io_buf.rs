@@ -8,12 +8,13 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::any::Any;
+use std::cell::RefCell;
 use std::ops::Range;
 use std::ptr;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 /// What keeps the memory of a buffer's segments alive.
 type Keep = Arc<dyn Any + Send + Sync>;
@@ -35,10 +36,62 @@ unsafe impl Send for IoBuf {}
 // SAFETY: as above; no method hands out a reference into the memory.
 unsafe impl Sync for IoBuf {}
 
-/// Zero-initialised heap memory with an alignment.
+/// Initialised heap memory with an alignment.
 struct Heap {
     start: *mut u8,
     layout: Layout,
+}
+
+/// What buffers are aligned to: a page, so that any device takes them.
+const PAGE: usize = 4096;
+/// The longest memory that is kept to be used again, in bytes.
+const KEPT_LEN: usize = 256 << 10;
+/// How many bytes of it a thread keeps.
+const KEPT_BYTES: usize = 512 << 10;
+
+thread_local! {
+    static KEPT: RefCell<Kept> = const { RefCell::new(Kept { memory: Vec::new(), bytes: 0 }) };
+}
+
+/// Memory that a thread keeps to use it again: fresh memory costs page faults, and zeroing it as much as filling it.
+struct Kept {
+    memory: Vec<Heap>,
+    bytes: usize,
+}
+
+impl Kept {
+    fn take(&mut self, layout: Layout) -> Option<Heap> {
+        let index = self.memory.iter().rposition(|heap| heap.layout == layout)?;
+        self.bytes -= layout.size();
+        Some(self.memory.swap_remove(index))
+    }
+
+    /// Keeps `heap`, or gives it back.
+    fn put(&mut self, heap: Heap) -> Option<Heap> {
+        let bytes = self.bytes + heap.layout.size();
+        if bytes > KEPT_BYTES {
+            return Some(heap);
+        }
+        self.bytes = bytes;
+        self.memory.push(heap);
+        None
+    }
+}
+
+/// Memory that goes back to a thread's own when nobody uses it any more.
+struct Reused(Option<Heap>);
+
+impl Drop for Reused {
+    fn drop(&mut self) {
+        let Some(heap) = self.0.take() else {
+            return;
+        };
+        // What is not kept, also because the thread is ending, is freed here.
+        let _ = KEPT.try_with(move |kept| match kept.try_borrow_mut() {
+            Ok(mut kept) => kept.put(heap),
+            Err(_) => Some(heap),
+        });
+    }
 }
 
 // SAFETY: the allocation belongs to this value alone and is only reached through `IoBuf`.
@@ -46,9 +99,24 @@ unsafe impl Send for Heap {}
 // SAFETY: as above.
 unsafe impl Sync for Heap {}
 
+impl Heap {
+    fn zeroed(layout: Layout) -> Self {
+        // SAFETY: nobody asks for no memory at all.
+        let start = unsafe { alloc_zeroed(layout) };
+        if start.is_null() {
+            handle_alloc_error(layout);
+        }
+        Self { start, layout }
+    }
+}
+
+fn layout_of(len: usize) -> Layout {
+    Layout::from_size_align(len, PAGE).expect("a buffer is far below isize::MAX")
+}
+
 impl Drop for Heap {
     fn drop(&mut self) {
-        // SAFETY: allocated in `IoBuf::zeroed` with this very layout, and freed only here.
+        // SAFETY: allocated in `Heap::zeroed` with this very layout, and freed only here.
         unsafe { dealloc(self.start, self.layout) }
     }
 }
@@ -57,31 +125,40 @@ impl IoBuf {
     /// Fresh zero bytes, aligned to a page so that any device takes them.
     #[must_use]
     pub fn zeroed(len: usize) -> Self {
-        const PAGE: usize = 4096;
         if len == 0 {
-            return Self {
-                segments: SmallVec::new(),
-                len: 0,
-                keep: SmallVec::new(),
-            };
+            return Self::concat([]);
         }
-        let layout = Layout::from_size_align(len, PAGE).expect("a buffer is far below isize::MAX");
-        // SAFETY: the layout's size is not zero.
-        let start = unsafe { alloc_zeroed(layout) };
-        if start.is_null() {
-            handle_alloc_error(layout);
+        let heap = Heap::zeroed(layout_of(len));
+        let start = heap.start;
+        Self::of_own_memory(start, len, Arc::new(heap))
+    }
+
+    /// Bytes to be filled, aligned as those of [`Self::zeroed`]; until then they may be anything that the process has
+    /// moved earlier. To be shown to nobody before all of it has been written.
+    #[must_use]
+    pub fn to_be_filled(len: usize) -> Self {
+        if len > KEPT_LEN || len == 0 {
+            return Self::zeroed(len);
         }
+        let layout = layout_of(len.next_power_of_two().max(PAGE));
+        let kept = KEPT.try_with(|kept| kept.borrow_mut().take(layout));
+        let heap = kept.ok().flatten().unwrap_or_else(|| Heap::zeroed(layout));
+        let start = heap.start;
+        Self::of_own_memory(start, len, Arc::new(Reused(Some(heap))))
+    }
+
+    fn of_own_memory(start: *mut u8, len: usize, keep: Keep) -> Self {
         let mut segments = SmallVec::new();
         segments.push(libc::iovec {
             iov_base: start.cast(),
             iov_len: len,
         });
-        let mut keep: SmallVec<[Keep; 1]> = SmallVec::new();
-        keep.push(Arc::new(Heap { start, layout }));
+        let mut keeps: SmallVec<[Keep; 1]> = SmallVec::new();
+        keeps.push(keep);
         Self {
             segments,
             len,
-            keep,
+            keep: keeps,
         }
     }
 
@@ -103,13 +180,15 @@ impl IoBuf {
         let mut segments: SmallVec<[libc::iovec; 8]> = SmallVec::new();
         let mut total = 0usize;
         for (address, len) in ranges {
-            for slice in memory.get_slices(address, usize::try_from(len).ok()?) {
-                let slice = slice.ok()?;
-                segments.push(libc::iovec {
-                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                    iov_len: slice.len(),
-                });
-                total = total.checked_add(slice.len())?;
+            let len = usize::try_from(len).ok()?;
+            total = total.checked_add(len)?;
+            // Mostly one region holds all of it.
+            if let Ok(slice) = memory.get_slice(address, len) {
+                segments.push(segment_of(&slice));
+                continue;
+            }
+            for slice in memory.get_slices(address, len) {
+                segments.push(segment_of(&slice.ok()?));
             }
         }
         let mut keep: SmallVec<[Keep; 1]> = SmallVec::new();
@@ -305,6 +384,13 @@ impl IoBuf {
     }
 }
 
+fn segment_of(slice: &VolatileSlice<'_>) -> libc::iovec {
+    libc::iovec {
+        iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+        iov_len: slice.len(),
+    }
+}
+
 impl std::fmt::Debug for IoBuf {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("IoBuf")
@@ -325,6 +411,26 @@ mod tests {
             IoBuf::from_bytes(b"defg"),
             IoBuf::from_bytes(b"hi"),
         ])
+    }
+
+    #[test]
+    fn memory_to_be_filled_is_used_again_up_to_a_bound() {
+        let first = IoBuf::to_be_filled(5000);
+        assert_eq!(first.len(), 5000);
+        assert!(first.slice(0..4096).is_aligned(4096));
+        first.copy_from(0, &[7; 5000]);
+        let start = first.iovecs()[0].iov_base;
+        drop(first);
+        let again = IoBuf::to_be_filled(8192);
+        assert_eq!(again.iovecs()[0].iov_base, start);
+        let all: Vec<_> = (0..100).map(|_| IoBuf::to_be_filled(KEPT_LEN)).collect();
+        drop(all);
+        KEPT.with_borrow(|kept| {
+            assert!(kept.bytes <= KEPT_BYTES);
+            let bytes: usize = kept.memory.iter().map(|heap| heap.layout.size()).sum();
+            assert_eq!(bytes, kept.bytes);
+        });
+        assert!(IoBuf::to_be_filled(KEPT_LEN + 1).is_zero(0..KEPT_LEN + 1));
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod lost_memory;
 mod offload;
 mod op;
 mod process;
+mod prompt_io;
 mod reactor;
 mod ring;
 mod ring_op;
@@ -19,7 +20,8 @@ mod signal;
 
 pub use async_task::Task;
 pub use file_facts::{
-    FileId, bytes_on_host, direct_io_alignment, identify, logical_block_size, next_data, next_hole,
+    FileId, bytes_on_host, direct_io_alignment, identify, is_in_memory, logical_block_size,
+    next_data, next_hole,
 };
 pub use host_file::{HostFile, truncate_blocking};
 pub use io_buf::IoBuf;
@@ -27,6 +29,7 @@ pub use local_time::LocalTime;
 pub use lost_memory::WatchedMemory;
 pub use offload::{keep_this_thread_responsive, offload};
 pub use process::{exclude_from_core_dumps, share_freed_memory, take_inherited_fd};
+pub use prompt_io::Promptness;
 pub use reactor::{Direction, Reactor, block_on};
 pub use ring_op::RingOp;
 pub use signal::Signal;

@@ -6,7 +6,7 @@ use std::task::Waker;
 
 use io_uring::{opcode, squeue, types};
 
-use super::{HostFile, IoBuf};
+use super::{Direction, HostFile, IoBuf};
 use crate::units::HostOffset;
 
 /// The most segments that the kernel takes in one call (`IOV_MAX`); longer lists go in pieces.
@@ -35,6 +35,18 @@ pub(crate) enum Call {
     },
     /// Cut or grow the file.
     Truncate { len: u64 },
+}
+
+impl Call {
+    /// Does at once what can be done at once; how it ended, or `None` where this is what is left of the call.
+    pub(super) fn attempt(&mut self, file: &HostFile) -> Option<io::Result<()>> {
+        match self {
+            Self::Read { at, buf } => file.attempt(Direction::Read, at, buf),
+            Self::Write { at, buf } => file.attempt(Direction::Write, at, buf),
+            Self::DataSync => file.attempt_data_sync(),
+            Self::Allocate { .. } | Self::Truncate { .. } => None,
+        }
+    }
 }
 
 /// Who is told that an operation has ended.
@@ -116,29 +128,8 @@ impl Op {
         };
         self.retries = 0;
         match &mut self.call {
-            Call::Read { at, buf } => {
-                let end_of_file = moved == 0 || !self.file.is_direct_aligned(moved);
-                if moved >= buf.len() {
-                    Step::Done(Ok(()))
-                } else if end_of_file {
-                    buf.zero(moved..buf.len());
-                    Step::Done(Ok(()))
-                } else {
-                    skip(at, buf, moved)
-                }
-            }
-            Call::Write { at, buf } => {
-                let end =
-                    at.0.saturating_add(u64::try_from(moved).unwrap_or(u64::MAX));
-                self.file.has_reached(end);
-                if moved >= buf.len() {
-                    Step::Done(Ok(()))
-                } else if moved == 0 {
-                    Step::Done(Err(io::ErrorKind::WriteZero.into()))
-                } else {
-                    skip(at, buf, moved)
-                }
-            }
+            Call::Read { at, buf } => has_read(&self.file, at, buf, moved),
+            Call::Write { at, buf } => has_written(&self.file, at, buf, moved),
             Call::Allocate { mode, at, len } => {
                 if *mode & libc::FALLOC_FL_KEEP_SIZE == 0 {
                     self.file.has_reached(at.0.saturating_add(*len));
@@ -161,6 +152,48 @@ impl Op {
         }
         Step::Done(Err(io::Error::from_raw_os_error(error)))
     }
+}
+
+/// Takes in that `moved` bytes at `at` have been read into `buf`.
+pub(super) fn has_read(
+    file: &HostFile,
+    at: &mut HostOffset,
+    buf: &mut IoBuf,
+    moved: usize,
+) -> Step {
+    let end_of_file = moved == 0 || !file.is_direct_aligned(moved);
+    if moved >= buf.len() {
+        Step::Done(Ok(()))
+    } else if end_of_file {
+        buf.zero(moved..buf.len());
+        Step::Done(Ok(()))
+    } else {
+        skip(at, buf, moved)
+    }
+}
+
+/// Takes in that `moved` bytes of `buf` have been written at `at`.
+pub(super) fn has_written(
+    file: &HostFile,
+    at: &mut HostOffset,
+    buf: &mut IoBuf,
+    moved: usize,
+) -> Step {
+    let end =
+        at.0.saturating_add(u64::try_from(moved).unwrap_or(u64::MAX));
+    file.has_reached(end);
+    if moved >= buf.len() {
+        Step::Done(Ok(()))
+    } else if moved == 0 {
+        Step::Done(Err(io::ErrorKind::WriteZero.into()))
+    } else {
+        skip(at, buf, moved)
+    }
+}
+
+/// The first of `segments`, as many as the kernel takes in one call.
+pub(super) fn segments_of_one_call(segments: &[libc::iovec]) -> &[libc::iovec] {
+    &segments[..segments.len().min(MAX_SEGMENTS)]
 }
 
 /// Leaves `buf` and `at` at what has not been moved yet.

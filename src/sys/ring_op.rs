@@ -10,7 +10,8 @@ use super::op::{Call, Owner};
 use super::ring::{Ring, Slot};
 use super::{HostFile, Reactor};
 
-/// An operation on a host file. It starts when it is first polled, on the ring of the thread that polls it.
+/// An operation on a host file. It starts when it is first polled, on the ring of the thread that polls it, or ends then
+/// where the file is [prompt](super::Promptness).
 ///
 /// Dropped before its end, it may or may not take effect; its buffer stays with the ring until the kernel is
 /// done with it.
@@ -34,8 +35,12 @@ impl Future for RingOp {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         if let State::Idle(call) = &mut self.0
-            && let Some((file, call)) = call.take()
+            && let Some((file, mut call)) = call.take()
         {
+            if let Some(outcome) = call.attempt(&file) {
+                self.0 = State::Ended;
+                return Poll::Ready(outcome);
+            }
             let reactor = match Reactor::current() {
                 Ok(reactor) => reactor,
                 Err(error) => return Poll::Ready(Err(error)),

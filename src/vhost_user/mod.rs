@@ -24,6 +24,7 @@ mod polling;
 mod server;
 mod session;
 mod socket;
+mod split_ring;
 mod stop;
 mod vring;
 mod worker;

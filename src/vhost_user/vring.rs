@@ -15,6 +15,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::call::Call;
 use super::server::Vm;
+use super::split_ring::SplitRing;
 use super::stop::Stop;
 use super::thread_name;
 use super::worker::{Setup, Worker};
@@ -184,7 +185,7 @@ impl Vring {
         ) else {
             return Ok(());
         };
-        let Some(queue) = self.queue(addresses, shared) else {
+        let Some(ring) = self.ring(addresses, shared) else {
             log::debug!(
                 "{}: vring {} does not lie in guest memory yet",
                 shared.vm.name(),
@@ -197,7 +198,8 @@ impl Vring {
         })?;
         let setup = Setup {
             name: format!("{}: vring {}", shared.vm.name(), self.index),
-            queue,
+            ring,
+            queue_size: self.size,
             memory: Arc::clone(shared.memory),
             device: Arc::clone(shared.vm.device()),
             kick,
@@ -220,7 +222,7 @@ impl Vring {
     }
 
     /// The ring, if it lies in guest memory.
-    fn queue(&self, addresses: Addresses, shared: &Shared<'_>) -> Option<Queue> {
+    fn ring(&self, addresses: Addresses, shared: &Shared<'_>) -> Option<SplitRing> {
         let mut queue = Queue::new(self.max_size).ok()?;
         queue.set_size(self.size);
         queue
@@ -238,7 +240,8 @@ impl Vring {
         }
         let used_idx = queue.used_idx(&**shared.memory, Ordering::Acquire).ok()?;
         queue.set_next_used(used_idx.0);
-        Some(queue)
+        let ring = SplitRing::new(&queue);
+        ring.areas(shared.memory).is_ok().then_some(ring)
     }
 
     fn used_idx(&self, memory: &GuestMemoryMmap) -> Option<u16> {
@@ -263,7 +266,7 @@ impl Drop for Vring {
 fn start_worker(name: String, setup: Setup) -> Result<JoinHandle<u16>> {
     let (report, started) = sync_channel(1);
     let describe = format!("starting the worker {name}");
-    let next_avail = setup.queue.next_avail();
+    let next_avail = setup.ring.next_avail();
     let thread = Builder::new()
         .name(name)
         .spawn(move || match Worker::new(setup) {

@@ -16,18 +16,17 @@ use std::io;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::call::Call;
 use super::pending::{Ended, PendingRequests, Reply};
 use super::polling::{Advice, Polling};
+use super::split_ring::{Areas, Broken, Chain, SplitRing};
 use super::stop::Stop;
 use crate::error::{Error, Result};
 use crate::image::{InFlight, Mapped};
@@ -39,13 +38,17 @@ use crate::virtio_blk::{ChainReader, Device, Operation, Status, WriteCache, exec
 
 /// Requests taken from the ring between two looks at what has ended.
 const BATCH: usize = 64;
+/// Bytes that are moved at once before the driver is told, so that it goes on meanwhile.
+const TOLD_AFTER: u64 = 256 << 10;
 
 /// What a vring's worker is given when it starts.
 pub(super) struct Setup {
     /// For messages: the VM and the number of the vring.
     pub(super) name: String,
-    /// The ring, ready and valid in `memory`.
-    pub(super) queue: Queue,
+    /// The ring, which lies in `memory`.
+    pub(super) ring: SplitRing,
+    /// Its number of entries.
+    pub(super) queue_size: u16,
     pub(super) memory: Arc<GuestMemoryMmap>,
     pub(super) device: Arc<Device>,
     pub(super) kick: Arc<File>,
@@ -67,8 +70,10 @@ pub(super) struct Worker {
     polling: Polling,
     /// The driver broke the rules of the ring: nothing more is taken from it.
     broken: bool,
-    /// Descriptors in the used ring that the driver has not been told of.
+    /// Chains given back that the driver has not been told of.
     untold: bool,
+    /// Bytes moved at once since the driver was last told.
+    moved: u64,
 }
 
 /// The straight way for a request.
@@ -96,7 +101,7 @@ impl Worker {
         let reactor = Reactor::current().map_err(|error| Error::io(setup.name.as_str(), error))?;
         let epoll = watch(&setup, &reactor)
             .map_err(|error| Error::io(format!("{}: waiting for kicks", setup.name), error))?;
-        let size = setup.queue.size();
+        let size = setup.queue_size;
         Ok(Self {
             reader: ChainReader::new(setup.device.seg_max()),
             pending: PendingRequests::new(size),
@@ -104,6 +109,7 @@ impl Worker {
             polling: Polling::new(),
             broken: false,
             untold: false,
+            moved: 0,
             setup,
             reactor,
             epoll,
@@ -126,49 +132,66 @@ impl Worker {
             }
         }
         self.drain();
-        self.setup.queue.next_avail()
+        self.setup.ring.next_avail()
     }
 
     /// Takes what the driver has offered, a batch at most; whether there was anything.
     fn take_requests(&mut self) -> bool {
         let memory = Arc::clone(&self.setup.memory);
+        let Some(areas) = self.areas(&memory) else {
+            return false;
+        };
         let mut taken = 0;
         while taken < BATCH && !self.broken && !self.pending.is_full() {
-            let next = self
-                .setup
-                .queue
-                .iter(&*memory)
-                .map(|mut heads| heads.next());
-            match next {
-                Ok(Some(chain)) => self.take_request(chain, &memory),
+            match self.setup.ring.take(&areas) {
+                Ok(Some((head, chain))) => self.take_request(head, chain, &memory, &areas),
                 Ok(None) => break,
-                Err(error) => self.give_up(&error),
+                Err(broken) => self.give_up(broken),
             }
             taken += 1;
+            if self.moved >= TOLD_AFTER {
+                self.tell(&areas);
+            }
         }
         taken > 0
     }
 
+    /// Where the ring lies; `None` once it is broken.
+    fn areas<'m>(&mut self, memory: &'m GuestMemoryMmap) -> Option<Areas<'m>> {
+        if self.broken {
+            return None;
+        }
+        let areas = self.setup.ring.areas(memory);
+        areas.map_err(|broken| self.give_up(broken)).ok()
+    }
+
     fn take_request(
         &mut self,
-        chain: DescriptorChain<&GuestMemoryMmap>,
+        head: u16,
+        chain: Chain<'_>,
         memory: &Arc<GuestMemoryMmap>,
+        areas: &Areas<'_>,
     ) {
-        let head = chain.head_index();
         match self.reader.parse(chain, memory, &self.setup.device) {
-            Ok(request) => self.begin(head, request.status_at, request.operation),
+            Ok(request) => self.begin(head, request.status_at, request.operation, areas),
             Err(rejection) => {
                 let reply = Reply {
                     head,
                     status_at: rejection.status_at,
                     written_len: 0,
                 };
-                self.answer(&reply, rejection.status);
+                self.answer(&reply, rejection.status, areas);
             }
         }
     }
 
-    fn begin(&mut self, head: u16, status_at: GuestAddress, operation: Operation) {
+    fn begin(
+        &mut self,
+        head: u16,
+        status_at: GuestAddress,
+        operation: Operation,
+        areas: &Areas<'_>,
+    ) {
         let reply = Reply {
             head,
             status_at: Some(status_at),
@@ -178,16 +201,22 @@ impl Worker {
         match fast_path(&self.setup.device, operation) {
             Fast::Done => {
                 counters.immediate.increment();
-                self.answer(&reply, Status::Ok);
+                self.answer(&reply, Status::Ok, areas);
             }
             Fast::Submit {
                 file,
                 direction,
-                at,
-                buf,
+                mut at,
+                mut buf,
                 guard,
             } => {
                 counters.fast.increment();
+                let len = byte_count(&buf);
+                if let Some(outcome) = file.attempt(direction, &mut at, &mut buf) {
+                    self.moved += len;
+                    let status = status_of(&self.setup.device, outcome);
+                    return self.answer(&reply, status, areas);
+                }
                 let token = self.pending.begin(reply, guard);
                 self.reactor.submit_fast(&file, direction, at, buf, token);
             }
@@ -214,97 +243,110 @@ impl Worker {
             ..
         } = self;
         reactor.turn(&mut |token, outcome| {
-            let status = match outcome {
-                Ok(()) => Status::Ok,
-                Err(error) => setup.device.io_failed(error),
-            };
+            let status = status_of(&setup.device, outcome);
             ended.borrow_mut().push_back(Ended { token, status });
         });
-        let mut answered = false;
-        loop {
-            let Some(Ended { token, status }) = self.ended.borrow_mut().pop_front() else {
-                break;
-            };
-            if let Some(reply) = self.pending.end(token) {
-                self.answer(&reply, status);
-                answered = true;
-            }
+        if !self.untold && self.ended.borrow().is_empty() {
+            return false;
         }
-        self.tell();
+        let memory = Arc::clone(&self.setup.memory);
+        let Some(areas) = self.areas(&memory) else {
+            return self.forget_ended();
+        };
+        let answered = self.answer_ended(&areas);
+        self.tell(&areas);
         answered
     }
 
+    /// Answers what has ended; whether anything has.
+    fn answer_ended(&mut self, areas: &Areas<'_>) -> bool {
+        let mut answered = false;
+        loop {
+            let Some(Ended { token, status }) = self.ended.borrow_mut().pop_front() else {
+                return answered;
+            };
+            if let Some(reply) = self.pending.end(token) {
+                self.answer(&reply, status, areas);
+                answered = true;
+            }
+        }
+    }
+
+    /// Ends requests of a broken ring, which nobody waits for; whether there were any.
+    fn forget_ended(&mut self) -> bool {
+        self.untold = false;
+        let mut ended = self.ended.borrow_mut();
+        let any = !ended.is_empty();
+        for Ended { token, .. } in ended.drain(..) {
+            self.pending.end(token);
+        }
+        any
+    }
+
     /// Gives a request's descriptor back with its status.
-    fn answer(&mut self, reply: &Reply, status: Status) {
-        let memory = &*self.setup.memory;
+    fn answer(&mut self, reply: &Reply, status: Status, areas: &Areas<'_>) {
         if status != Status::Ok {
             self.setup.counters.failed.increment();
         }
         let mut len = 0;
         if let Some(at) = reply.status_at
-            && memory.write_obj(status.to_byte(), at).is_ok()
+            && write_status(&self.setup.memory, at, status).is_some()
         {
             len = reply.written_len.saturating_add(1);
         }
-        match self.setup.queue.add_used(memory, reply.head, len) {
+        match self.setup.ring.give_back(areas, reply.head, len) {
             Ok(()) => self.untold = true,
-            Err(error) => self.give_up(&error),
+            Err(broken) => self.give_up(broken),
         }
     }
 
-    /// Notifies the driver of used descriptors, unless it does not want to know.
-    fn tell(&mut self) {
+    /// Notifies the driver of what was given back, unless it does not want to know.
+    fn tell(&mut self, areas: &Areas<'_>) {
+        self.moved = 0;
         if !std::mem::take(&mut self.untold) {
             return;
         }
-        let memory = &*self.setup.memory;
-        let queue = &mut self.setup.queue;
-        let wanted = if queue.event_idx_enabled() {
-            queue.needs_notification(memory)
-        } else {
-            // The driver clears its flag and then looks at the used ring; here it is the other way round.
-            fence(Ordering::SeqCst);
-            let flags = memory.load::<u16>(GuestAddress(queue.avail_ring()), Ordering::Relaxed);
-            Ok(flags.map_or(true, |flags| {
-                u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0
-            }))
-        };
         // In doubt the driver is told: a notification too many does no harm.
-        if wanted.unwrap_or(true) {
+        if self.setup.ring.needs_notification(areas).unwrap_or(true) {
             self.setup.counters.notifications.increment();
             self.setup.call.notify();
         }
     }
 
     /// Takes nothing more from a ring whose driver broke its rules, until it is set up anew.
-    fn give_up(&mut self, error: &virtio_queue::Error) {
+    fn give_up(&mut self, broken: Broken) {
         if !std::mem::replace(&mut self.broken, true) && self.setup.lines.take().is_some() {
             log::error!(
-                "{}: the driver broke its ring, which stops until it is set up anew: {error}",
+                "{}: the driver broke its ring, which stops until it is set up anew: {broken}",
                 self.setup.name
             );
         }
     }
 
     fn suppress_kicks(&mut self) {
-        if let Err(error) = self.setup.queue.disable_notification(&*self.setup.memory) {
-            self.give_up(&error);
+        let memory = Arc::clone(&self.setup.memory);
+        if let Some(areas) = self.areas(&memory)
+            && let Err(broken) = self.setup.ring.suppress_kicks(&areas)
+        {
+            self.give_up(broken);
         }
     }
 
-    /// Asks to be kicked; whether the ring is empty still.
+    /// Asks to be kicked; whether there is nothing to take.
     fn request_kicks(&mut self) -> bool {
-        if self.broken || self.pending.is_full() {
-            // There is nothing to take, or no room for it: what ends first wakes the worker.
+        if self.pending.is_full() {
+            // There is no room: what ends first wakes the worker.
             return true;
         }
-        match self.setup.queue.enable_notification(&*self.setup.memory) {
-            Ok(more) => !more,
-            Err(error) => {
-                self.give_up(&error);
-                true
-            }
-        }
+        let memory = Arc::clone(&self.setup.memory);
+        let Some(areas) = self.areas(&memory) else {
+            return true;
+        };
+        let is_empty = self.setup.ring.request_kicks(&areas);
+        is_empty.unwrap_or_else(|broken| {
+            self.give_up(broken);
+            true
+        })
     }
 
     /// Sleeps until there is something to do.
@@ -344,6 +386,20 @@ impl Worker {
             }
             self.reactor.wait();
         }
+    }
+}
+
+/// Writes a request's status byte, if it lies in guest memory.
+fn write_status(memory: &GuestMemoryMmap, at: GuestAddress, status: Status) -> Option<()> {
+    let byte = memory.get_slice(at, 1).ok()?;
+    byte.store(status.to_byte(), 0, Ordering::Relaxed).ok()
+}
+
+/// What to tell of I/O on the fast path.
+fn status_of(device: &Device, outcome: io::Result<()>) -> Status {
+    match outcome {
+        Ok(()) => Status::Ok,
+        Err(error) => device.io_failed(error),
     }
 }
 

@@ -1,7 +1,7 @@
 //! A descriptor chain as two streams of bytes (virtio 1.3, section 2.7): first what the device reads, then
 //! what it writes. How a driver frames a request in descriptors carries no meaning (section 2.7.4).
 
-use virtio_queue::DescriptorChain;
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// Descriptors a request may take beside those of its data: header and status.
@@ -42,7 +42,7 @@ impl Stream {
             let room = u32::try_from(into.len() - done).unwrap_or(u32::MAX);
             let now = (*len).min(room);
             let end = done + usize::try_from(now).ok()?;
-            memory.read_slice(&mut into[done..end], *address).ok()?;
+            read_guest(memory, *address, &mut into[done..end])?;
             *address = address.checked_add(u64::from(now))?;
             *len -= now;
             if *len == 0 {
@@ -61,6 +61,17 @@ impl Stream {
             .find(|(_, len)| *len > 0)?;
         *len -= 1;
         address.checked_add(u64::from(*len))
+    }
+}
+
+/// Copies `into.len()` bytes at `at` out of guest memory, mostly from one region, which is then looked for only once.
+fn read_guest(memory: &GuestMemoryMmap, at: GuestAddress, into: &mut [u8]) -> Option<()> {
+    match memory.get_slice(at, into.len()) {
+        Ok(slice) => {
+            slice.copy_to(into);
+            Some(())
+        }
+        Err(_) => memory.read_slice(into, at).ok(),
     }
 }
 
@@ -96,7 +107,7 @@ impl ChainReader {
     /// memory is bounded by the longest well-formed chain.
     pub(super) fn walk(
         &mut self,
-        chain: DescriptorChain<&GuestMemoryMmap>,
+        chain: impl Iterator<Item = Descriptor>,
         memory: &GuestMemoryMmap,
     ) -> Walked {
         self.readable.clear();

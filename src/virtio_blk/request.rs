@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk as spec;
-use virtio_queue::DescriptorChain;
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::chain::{ChainReader, Stream};
@@ -101,7 +101,7 @@ impl ChainReader {
     /// The status to answer with, if it is malformed, goes beyond the disk or a limit, or is of an unknown type.
     pub fn parse(
         &mut self,
-        chain: DescriptorChain<&GuestMemoryMmap>,
+        chain: impl Iterator<Item = Descriptor>,
         memory: &Arc<GuestMemoryMmap>,
         device: &Device,
     ) -> Result<Request, Rejection> {

@@ -20,7 +20,7 @@ use super::RangeLock;
 use super::future::Doing;
 use super::{Held, IoFuture, LockRole, Storage, ZeroMode, lock};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys::{self, FileId, HostFile, IoBuf};
+use crate::sys::{self, FileId, HostFile, IoBuf, Promptness};
 use crate::units::HostOffset;
 
 /// What a file is opened for.
@@ -118,8 +118,15 @@ impl FileStorage {
                 sys::direct_io_alignment(&file).map_err(|error| no_direct_io(&name, error))?
             }
         };
+        let promptness = match (cache, id.is_block_device()) {
+            (CacheMode::None, _) => Promptness::Never,
+            (CacheMode::Writeback, false) if sys::is_in_memory(&file).unwrap_or(false) => {
+                Promptness::Always
+            }
+            (CacheMode::Writeback, _) => Promptness::CachedReads,
+        };
         Ok(Self {
-            file: HostFile::new(file, len, alignment),
+            file: HostFile::with_promptness(file, len, alignment, promptness),
             id,
             name,
             hole_alignment: u64::from(block_size),
