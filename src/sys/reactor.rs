@@ -2,10 +2,10 @@
 //!
 //! Every thread has at most one reactor, made when it is first asked for. There are two ways to drive it:
 //! [`block_on`] for a thread that has nothing else to do, and [`Reactor::turn`] for a worker in an event loop
-//! of someone else, which registers the reactor's descriptor there:
+//! of someone else, which registers the reactor's descriptors ([`Reactor::sources`]) there:
 //!
 //! ```text
-//! epoll: kick, or the reactor's descriptor
+//! epoll: kick, or one of the reactor's descriptors
 //!   └─ take requests off the queue ─ submit_fast(…), spawn_local(…)
 //!        └─ turn(sink) ─ one io_uring_enter ─ sink(token, outcome) ─ tasks that are ready ─ … until nothing is
 //! ```
@@ -16,7 +16,7 @@
 use std::cell::OnceCell;
 use std::future::Future;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -159,6 +159,15 @@ impl Reactor {
         self.0.tasks.count()
     }
 
+    /// The descriptors of which one becomes readable when the reactor's own does, for an event loop that watches them
+    /// itself: to be woken through a second epoll instance takes longer.
+    #[must_use]
+    pub fn sources(&self) -> [BorrowedFd<'_>; 2] {
+        let fds = [self.0.ring.raw_fd(), self.0.tasks.raw_fd()];
+        // SAFETY: the reactor keeps both open, and the borrow keeps the reactor.
+        fds.map(|fd| unsafe { BorrowedFd::borrow_raw(fd) })
+    }
+
     /// Sleeps until there is something to do for [`Self::turn`].
     pub fn wait(&self) {
         let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 2];
@@ -210,13 +219,6 @@ impl Reactor {
 impl AsRawFd for Reactor {
     fn as_raw_fd(&self) -> RawFd {
         self.0.epoll.as_raw_fd()
-    }
-}
-
-/// As the raw one.
-impl AsFd for Reactor {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.epoll.as_fd()
     }
 }
 
