@@ -238,7 +238,7 @@ impl<'m> Chain<'m> {
     fn new(areas: &Areas<'m>, head: u16, size: u16) -> Self {
         Self {
             memory: areas.memory,
-            table: areas.descriptors.clone(),
+            table: areas.descriptors,
             table_size: size,
             next: head,
             left: size,
