@@ -70,11 +70,38 @@ impl Recipe {
         }
     }
 
-    /// How a loop device finds the filesystem on the disk.
+    /// Bytes of the longest disk that a VM may have.
+    pub(crate) fn longest_disk_len(&self) -> u64 {
+        self.disk_len() + if self.may_grow() { MAX_GROWN } else { 0 }
+    }
+
+    /// Whether children may have block groups behind the end of the base's filesystem.
+    pub(crate) fn may_grow(&self) -> bool {
+        self.place == Place::WholeDisk && self.sharing == Sharing::Private
+    }
+
+    /// How a loop device finds the filesystem on the base's disk.
     pub(crate) fn loop_options(&self) -> String {
-        format!("loop,offset={},sizelimit={}", self.start(), self.len())
+        self.loop_options_of(self.len())
+    }
+
+    fn loop_options_of(&self, len: u64) -> String {
+        format!("loop,offset={},sizelimit={len}", self.start())
     }
 }
+
+/// How much a child has besides its regions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Extra {
+    /// Nothing.
+    None,
+    /// Some block groups behind the end of the base's filesystem.
+    Grown,
+}
+
+/// What children that have it are given, and what it becomes at most in whole groups.
+const GROWN: &str = "--grow 9M";
+const MAX_GROWN: u64 = 16 << 20;
 
 /// The regions' names, and their directories.
 pub(crate) const REGIONS: [&str; 2] = ["one", "two"];
@@ -108,6 +135,8 @@ fn seethrough(directory: &Path, line: &str) -> Result<(), String> {
 /// A child's image.
 pub(crate) struct Child {
     name: String,
+    /// Bytes of its filesystem.
+    len: u64,
     pub(crate) regions: Vec<&'static str>,
     /// When it sees what its base has written.
     pub(crate) policy: Policy,
@@ -143,17 +172,33 @@ impl Host {
     }
 
     /// Makes a child that owns `regions`; the daemon may run.
-    pub(crate) fn create_child(&mut self, regions: &[&'static str], policy: Policy) -> usize {
+    pub(crate) fn create_child(
+        &mut self,
+        regions: &[&'static str],
+        policy: Policy,
+        room: Extra,
+    ) -> usize {
         let name = format!("child{}", self.children.len());
-        let options: String = regions
+        let mut options: String = regions
             .iter()
             .map(|region| format!("--region {region} "))
             .collect();
+        if room == Extra::Grown {
+            options += GROWN;
+        }
         let (base, format) = (self.base(), self.recipe.format.name());
         let line = format!("create -b {base} -F {format} {options} {name}.qcow2");
         seethrough(&self.directory, &line).unwrap();
+        let len = match room {
+            Extra::None => self.recipe.len(),
+            Extra::Grown => {
+                let image = fs::read(self.directory.join(format!("{name}.qcow2"))).unwrap();
+                u64::from_be_bytes(image[24..32].try_into().unwrap())
+            }
+        };
         self.children.push(Child {
             name,
+            len,
             regions: regions.to_vec(),
             policy,
             is_served: true,
@@ -164,6 +209,11 @@ impl Host {
     /// The child of VM `vm`, which is not the base's.
     pub(crate) fn child(&mut self, vm: usize) -> &mut Child {
         &mut self.children[vm - 1]
+    }
+
+    /// How a loop device finds the filesystem on the disk of VM `vm`, which is not the base's.
+    pub(crate) fn loop_options(&self, vm: usize) -> String {
+        self.recipe.loop_options_of(self.children[vm - 1].len)
     }
 
     /// Whether the daemon serves VM `vm`.
@@ -255,14 +305,14 @@ impl Host {
         let disks = self.open(Access::ReadOnly, &Vec::from_iter(&self.children));
         let mut filesystems = vec![self.directory.join("true.base")];
         let base = &disks[0].image;
-        let bytes = dump(&self.recipe, |at, buf| {
+        let bytes = dump(self.recipe.len(), &self.recipe, |at, buf| {
             block_on(base.read(at, buf)).unwrap();
         });
         fs::write(&filesystems[0], bytes).unwrap();
         for (disk, child) in disks[1..].iter().zip(&self.children) {
             let disk_of_child = block_on(merged_of(disk)).unwrap();
             let path = self.directory.join(format!("true.{}", child.name));
-            let bytes = dump(&self.recipe, |at, buf| {
+            let bytes = dump(child.len, &self.recipe, |at, buf| {
                 block_on(disk_of_child.read(at, buf)).unwrap();
             });
             fs::write(&path, bytes).unwrap();
@@ -337,12 +387,12 @@ fn make_base(directory: &Path, recipe: Recipe) -> Files {
     Arc::new(files)
 }
 
-/// The bytes of the filesystem on a disk.
-fn dump(recipe: &Recipe, read: impl Fn(GuestOffset, IoBuf)) -> Vec<u8> {
+/// The bytes of the filesystem on a disk, which has `len` of them.
+fn dump(len: u64, recipe: &Recipe, read: impl Fn(GuestOffset, IoBuf)) -> Vec<u8> {
     const CHUNK: u64 = 1 << 20;
     let mut bytes = Vec::new();
-    for at in (0..recipe.len()).step_by(1 << 20) {
-        let buf = IoBuf::zeroed(usize::try_from(CHUNK.min(recipe.len() - at)).unwrap());
+    for at in (0..len).step_by(1 << 20) {
+        let buf = IoBuf::zeroed(usize::try_from(CHUNK.min(len - at)).unwrap());
         read(GuestOffset(recipe.start() + at), buf.clone());
         bytes.extend(buf.to_vec());
     }

@@ -22,7 +22,7 @@ use seethrough::view::refresh::Policy;
 use seethrough::view::room::Room;
 
 use crate::fuse::{Disk, Disks};
-use crate::host::{Host, REGIONS, Recipe, some_policy, some_regions, succeed};
+use crate::host::{Extra, Host, REGIONS, Recipe, some_policy, some_regions, succeed};
 use crate::model::Tree;
 use crate::vm::{Home, Vm, unmount as unmount_disk};
 
@@ -117,8 +117,8 @@ impl Sequence {
         let host = Host::new(directory, recipe);
         let mountpoint = directory.join("disks");
         fs::create_dir(&mountpoint).unwrap();
-        let disks = Disks::mount(&mountpoint, MAX_CHILDREN + 1, recipe.disk_len());
-        let mut base = Vm::new(BASE, disks.file(BASE), directory, &recipe);
+        let disks = Disks::mount(&mountpoint, MAX_CHILDREN + 1, recipe.longest_disk_len());
+        let mut base = Vm::new(BASE, disks.file(BASE), directory, recipe.loop_options());
         base.homes.push(Home::of_base());
         let unheld = match recipe.sharing {
             Sharing::Private => Vec::new(),
@@ -272,12 +272,22 @@ impl Sequence {
             };
         }
         let policy = some_policy(&mut self.rng, &self.recipe);
-        let number = self.host.create_child(&regions, policy);
-        self.log
-            .push(format!("vm {number} owns {regions:?}, refresh={policy}"));
+        let extra = if self.recipe.may_grow() && self.rng.random_bool(0.5) {
+            Extra::Grown
+        } else {
+            Extra::None
+        };
+        let number = self.host.create_child(&regions, policy, extra);
+        self.log.push(format!(
+            "vm {number} owns {regions:?}, besides {extra:?}, refresh={policy}"
+        ));
         let disk = self.disks.file(number);
-        self.vms
-            .push(Vm::new(number, disk, &self.directory, &self.recipe));
+        self.vms.push(Vm::new(
+            number,
+            disk,
+            &self.directory,
+            self.host.loop_options(number),
+        ));
         if self.is_shared() {
             self.host.child(number).is_served = false;
             self.pass_on_to(number);

@@ -9,7 +9,7 @@ use rand::rngs::StdRng;
 use rustix::fs::StatVfs;
 
 use crate::engine::run;
-use crate::host::{REGIONS, Recipe, succeed};
+use crate::host::{REGIONS, succeed};
 use crate::model::Tree;
 use crate::work::{Work, trespass, trespass_in};
 
@@ -69,7 +69,12 @@ pub(crate) struct Vm {
 
 impl Vm {
     /// The VM of disk `number`, whose file is `disk`.
-    pub(crate) fn new(number: usize, disk: PathBuf, directory: &Path, recipe: &Recipe) -> Self {
+    pub(crate) fn new(
+        number: usize,
+        disk: PathBuf,
+        directory: &Path,
+        loop_options: String,
+    ) -> Self {
         let mountpoint = directory.join(format!("mnt{number}"));
         fs::create_dir(&mountpoint).unwrap();
         Self {
@@ -81,7 +86,7 @@ impl Vm {
             homes: Vec::new(),
             held: Vec::new(),
             seen: 0,
-            loop_options: recipe.loop_options(),
+            loop_options,
             options: String::new(),
         }
     }
