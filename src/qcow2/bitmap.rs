@@ -552,6 +552,16 @@ mod tests {
             let error = read(extension, &whole).expect_err(what);
             assert_eq!(error.kind(), ErrorKind::Corrupt, "{what}");
         }
+        // Before anything is read or allocated.
+        for (what, extension, told) in [
+            ("no bitmaps", with(3, 0), "has 0 bitmaps"),
+            ("too many bitmaps", with(0, 1), "has 16777218 bitmaps"),
+            ("directory beyond all limits", with(12, 16), "can be"),
+            ("directory beyond the file", with(13, 8), "leaves the file"),
+        ] {
+            let error = read(extension, &whole).expect_err(what);
+            assert!(error.to_string().contains(told), "{what}: {error}");
+        }
     }
 
     /// They would take for ever to read.

@@ -442,6 +442,17 @@ mod tests {
     }
 
     #[test]
+    fn a_backing_file_name_with_a_zero_byte_is_corrupt() {
+        let mut header = golden();
+        let mut bytes = header.encode().unwrap();
+        bytes[usize::try_from(header.backing_file_offset).unwrap() + 4] = 0;
+        assert_eq!(
+            Header::parse(&bytes).unwrap_err().kind(),
+            ErrorKind::Corrupt
+        );
+    }
+
+    #[test]
     fn every_broken_rule_is_found() {
         let corrupt = [
             with_u64(8, 0x10001),        // backing file name outside cluster 0

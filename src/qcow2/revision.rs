@@ -73,19 +73,26 @@ impl Qcow2 {
         work: impl AsyncFnOnce(&mut Revision) -> Result<Header>,
     ) -> Result<Self> {
         self.close_cleanly().await?;
-        let mut revision = Revision::begin(Arc::clone(&self.storage)).await?;
-        let prepared = async {
-            let mut header = work(&mut revision).await?;
-            revision.prepare(&mut header).await?;
-            Ok(header)
-        };
-        match prepared.await {
-            Ok(header) => revision.bring_into_force(&header).await?,
-            Err(error) => {
-                // Invariant 1.
-                revision.abandon().await;
-                return Err(error);
-            }
+        Revision::run(&self.storage, work).await?;
+        self.reopened().await
+    }
+
+    /// Ends all work on the image, moves metadata that lies behind byte `end` of the file to where there is room before
+    /// it, and opens the image anew. A hint: it says the same before and after, and only its file becomes shorter.
+    ///
+    /// # Errors
+    /// As [`Qcow2::open_sharing`].
+    pub(super) async fn with_metadata_before(self, end: u64) -> Result<Self> {
+        self.close_cleanly().await?;
+        let end = HostOffset(end);
+        let moved = Revision::run(&self.storage, async |revision| {
+            revision.move_before(end).await
+        });
+        if let Err(error) = moved.await {
+            log::debug!(
+                "{}: its metadata stays at the end: {error}",
+                self.storage.name()
+            );
         }
         self.reopened().await
     }
@@ -111,6 +118,30 @@ impl Qcow2 {
 }
 
 impl Revision {
+    /// Brings the revision into force that `work` makes of an image that nobody has open.
+    ///
+    /// # Errors
+    /// As [`Qcow2::revise`].
+    async fn run(
+        storage: &Arc<dyn Storage>,
+        work: impl AsyncFnOnce(&mut Self) -> Result<Header>,
+    ) -> Result<()> {
+        let mut revision = Self::begin(Arc::clone(storage)).await?;
+        let prepared = async {
+            let mut header = work(&mut revision).await?;
+            revision.prepare(&mut header).await?;
+            Ok(header)
+        };
+        match prepared.await {
+            Ok(header) => revision.bring_into_force(&header).await,
+            Err(error) => {
+                // Invariant 1.
+                revision.abandon().await;
+                Err(error)
+            }
+        }
+    }
+
     /// Starts from what is in force in `storage`, an image that nobody has open.
     ///
     /// # Errors
@@ -418,6 +449,26 @@ impl Revision {
         header.l1_table_offset = self.place_l1(l1).await?;
         header.l1_size = u32::try_from(l1.len()).expect("an L1 table has at most 4 Mi entries");
         Ok(header)
+    }
+
+    /// Moves the active L1 table, and L2 tables and refcount blocks that lie behind `end`, to the first free clusters.
+    async fn move_before(&mut self, end: HostOffset) -> Result<Header> {
+        let mut l1 = self.active_l1().await?;
+        for word in &mut l1 {
+            let entry = self.l1_entry(*word)?;
+            // One without the flag is in L1 tables of snapshots, too.
+            let Some(at) = entry.table.filter(|at| *at >= end && entry.copied) else {
+                continue;
+            };
+            let table = self.read_table(at).await?;
+            let moved = L1Entry {
+                table: Some(self.move_table(at, &table, 1).await?),
+                copied: true,
+            };
+            *word = moved.encode();
+        }
+        self.refcounts.move_blocks_before(end).await?;
+        self.replace_l1(&l1).await
     }
 
     /// Lets go of the clusters of a table of `len` bytes.

@@ -195,6 +195,19 @@ impl NewRefcounts {
         Ok(HostCluster(first))
     }
 
+    /// Moves the blocks that lie behind `end` to the first free clusters.
+    ///
+    /// # Errors
+    /// As [`NewRefcounts::take`].
+    pub(super) async fn move_blocks_before(&mut self, end: HostOffset) -> Result<()> {
+        for index in 0..self.in_force.len() as u64 {
+            if self.in_force_at(index).is_some_and(|at| at >= end) {
+                self.own_block(index).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Writes the new revision's blocks and table. Nothing may change afterwards.
     ///
     /// # Errors
@@ -515,4 +528,69 @@ fn no_space() -> Error {
         ErrorKind::NoSpace,
         "the image has reached the largest file that its refcount table can cover",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::create::{CreateOptions, create};
+    use crate::storage::MemoryStorage;
+    use crate::sys::block_on;
+
+    /// The refcounts of a new image whose bytes `change` has changed.
+    fn refcounts(change: impl FnOnce(&mut [u8])) -> Result<NewRefcounts> {
+        let storage = MemoryStorage::default();
+        let options = CreateOptions {
+            cluster_size: 512,
+            ..CreateOptions::new(1 << 20)
+        };
+        block_on(create(&storage, &options)).unwrap();
+        let mut bytes = storage.contents();
+        change(&mut bytes);
+        let storage = Arc::new(MemoryStorage::new(bytes));
+        let header = block_on(Header::read(storage.as_ref())).unwrap();
+        block_on(NewRefcounts::read(storage, &header))
+    }
+
+    #[test]
+    fn a_reference_to_a_cluster_without_one_is_corrupt_both_ways() {
+        let mut refcounts = refcounts(|_| ()).unwrap();
+        let free = block_on(refcounts.find_free(1)).unwrap();
+        for error in [
+            block_on(refcounts.add(free..free + 1)).unwrap_err(),
+            block_on(refcounts.remove(free..free + 1)).unwrap_err(),
+        ] {
+            assert_eq!(error.kind(), ErrorKind::Corrupt);
+        }
+    }
+
+    #[test]
+    fn refcount_blocks_that_are_shared_or_behind_the_file_are_corrupt() {
+        let table = |bytes: &[u8]| {
+            let at = u64::from_be_bytes(bytes[48..56].try_into().unwrap());
+            usize::try_from(at).unwrap()
+        };
+        let shared = refcounts(|bytes| {
+            let at = table(bytes);
+            bytes.copy_within(at..at + 8, at + 8);
+        });
+        let beyond = refcounts(|bytes| {
+            let at = table(bytes);
+            bytes[at + 8..at + 16].copy_from_slice(&(1u64 << 40).to_be_bytes());
+        });
+        for found in [shared, beyond] {
+            let error = found.map(drop).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt);
+        }
+    }
+
+    #[test]
+    fn a_refcount_table_that_would_pass_its_limit_is_no_space() {
+        let mut refcounts = refcounts(|_| ()).unwrap();
+        // 256 clusters for each of its entries.
+        refcounts.next = MAX_REFCOUNT_TABLE_BYTES / 8 * 256;
+        block_on(refcounts.take(1)).unwrap();
+        let error = block_on(refcounts.write()).map(drop).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+    }
 }

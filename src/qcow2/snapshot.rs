@@ -185,7 +185,7 @@ async fn replace(
 }
 
 /// The snapshots in force, each with the size of its disk: an entry that does not tell it means the present one.
-fn known_sizes(revision: &Revision) -> Vec<Snapshot> {
+pub(super) fn known_sizes(revision: &Revision) -> Vec<Snapshot> {
     let now = revision.header.virtual_size();
     let known = |snapshot: &Snapshot| Snapshot {
         disk_size: Some(snapshot.disk_size(now)),
