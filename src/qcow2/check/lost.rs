@@ -25,6 +25,8 @@ use crate::units::{HostOffset, SECTOR_SIZE};
 const MOST: u64 = 1024;
 /// An L1 entry that leads nowhere, since no file is that long: a mark (invariant 3).
 const NOWHERE: u64 = OFFSET;
+/// As that, and no mark.
+const LOST: u64 = 1 << 55;
 /// The most bytes of L1 tables that are cut off.
 const MOST_CUT_OFF: u64 = 256 << 20;
 
@@ -87,6 +89,17 @@ impl Checker<'_> {
             );
         }
         Ok(mended)
+    }
+
+    /// What an L1 entry becomes before anything is appended: one whose table is lost leads nowhere.
+    pub(super) fn unlinked_l1_word(&self, word: u64) -> u64 {
+        let verdict = judge_l1(&self.bounds, word);
+        let is_lost = verdict.faults.iter().any(|fault| fault.loses_table());
+        if is_lost && word != NOWHERE {
+            LOST
+        } else {
+            word
+        }
     }
 
     /// The L1 tables among these that begin within the file and end behind it, further than an incomplete cluster

@@ -7,7 +7,9 @@
 //! 2. A copy is durable before an entry points to it.
 //! 3. Tables lie within the file before anything is appended to it: copies would become entries of a table that
 //!    reaches beyond its end.
-//! 4. Every write replaces entries one by one, each within a sector, and none then refers to more than before: after
+//! 4. What leads behind the end of the file durably leads nowhere before anything is appended, as far as it can be
+//!    written in place: else it would lead to that.
+//! 5. Every write replaces entries one by one, each within a sector, and none then refers to more than before: after
 //!    a power cut the same repair goes on where it stopped.
 
 use std::collections::HashMap;
@@ -24,9 +26,18 @@ use super::walk::{Batch, Owner};
 use crate::error::Result;
 use crate::units::{HostCluster, HostOffset};
 
-/// What a round of mending has done so far.
-#[derive(Default)]
+/// What is mended (invariant 4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pass {
+    /// What leads behind the end of the file is made to lead nowhere, and nothing is appended.
+    InPlace,
+    /// Everything.
+    Appending,
+}
+
+/// What a pass over all tables has done so far.
 struct Round {
+    pass: Pass,
     is_changed: bool,
     /// Copies of L2 tables, by where the tables lie.
     copies: HashMap<u64, u64>,
@@ -64,7 +75,6 @@ impl Checker<'_> {
                 format!("tables reach beyond the end of the file: it grows to {end} bytes"),
             );
             self.storage.set_len(end).await?;
-            self.storage.flush().await?;
         }
         self.bounds.file_len = self.storage.len();
         self.complete_cut_off(&cut_off).await?;
@@ -131,8 +141,13 @@ impl Checker<'_> {
     ///
     /// # Errors
     /// The storage's.
-    pub(super) async fn mend_tables(&mut self, counts: &Counts) -> Result<bool> {
-        let mut round = Round::default();
+    pub(super) async fn mend_tables(&mut self, counts: &Counts, pass: Pass) -> Result<bool> {
+        let mut round = Round {
+            pass,
+            is_changed: false,
+            copies: HashMap::new(),
+            entries: Vec::new(),
+        };
         let active = self.active_l1();
         self.mend_l1(counts, active, &mut round).await?;
         let snapshots = self.read_snapshots().await?;
@@ -148,19 +163,25 @@ impl Checker<'_> {
             for (index, word) in self.words(&piece).await? {
                 let at = HostOffset(piece.at.0 + (index - piece.first) * 8);
                 let own = self.bounds.geometry.host_cluster(at);
-                // Invariant 1.
-                let is_own = counts.covers(own) && counts.get(own) == table.times;
-                if word == 0 || !is_own {
+                if word == 0 {
                     continue;
                 }
+                // Invariant 1.
+                let is_own = counts.covers(own) && counts.get(own) == table.times;
                 let verdict = judge_l1(&self.bounds, word);
-                let mended = self.mended_l1_word(table.at, index, word).await?;
-                if mended != word {
-                    round.entries.push((at, mended));
+                if is_own {
+                    let mended = match round.pass {
+                        Pass::InPlace => self.unlinked_l1_word(word),
+                        Pass::Appending => self.mended_l1_word(table.at, index, word).await?,
+                    };
+                    if mended != word {
+                        round.entries.push((at, mended));
+                    }
                 }
                 if let Some(l2) = verdict.table {
-                    self.place_l2(counts, (at, verdict.mended), l2, round, &mut batch)
-                        .await?;
+                    let can_copy = is_own && round.pass == Pass::Appending;
+                    let entry = can_copy.then_some((at, verdict.mended));
+                    self.place_l2(counts, entry, l2, round, &mut batch).await?;
                 }
             }
             self.mend_l2_tables(&mut batch, round).await?;
@@ -169,11 +190,11 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// Has an L2 table mended where it is, or copies it if it is something else, too.
+    /// Has an L2 table mended where it is, or copies it if it is something else, too, and the L1 entry may be written.
     async fn place_l2(
         &mut self,
         counts: &Counts,
-        (at, word): (HostOffset, u64),
+        l1_entry: Option<(HostOffset, u64)>,
         l2: HostOffset,
         round: &mut Round,
         batch: &mut Batch,
@@ -186,6 +207,9 @@ impl Checker<'_> {
             batch.push(l2, Owner::Active, 1);
             return Ok(());
         }
+        let Some((at, word)) = l1_entry else {
+            return Ok(());
+        };
         let copy = match round.copies.get(&l2.0) {
             Some(copy) => *copy,
             None => {
@@ -333,6 +357,8 @@ pub(super) mod tests {
             &progress,
         ));
         assert!(work.unwrap().after.is_clean());
+        // As many entries as the disk needs.
+        assert_eq!(storage.contents()[36..40], 4u32.to_be_bytes());
         let buf = IoBuf::zeroed(1 << 20);
         block_on(open(&storage, Access::ReadOnly).read(GuestOffset(0), buf.clone())).unwrap();
         assert!(buf.to_vec().iter().all(|byte| *byte == 7));

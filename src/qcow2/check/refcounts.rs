@@ -129,9 +129,7 @@ impl Checker<'_> {
                 if word == 0 {
                     continue;
                 }
-                let wrong = if word & RESERVED != 0 {
-                    "has reserved bits set"
-                } else if !word.is_multiple_of(cluster_size) {
+                let wrong = if !word.is_multiple_of(cluster_size) {
                     "is not aligned to a cluster"
                 } else if word / cluster_size >= file_clusters {
                     "points behind the end of the file"
