@@ -116,6 +116,8 @@ mod tests {
 
     const OTHER: ExtensionType = ExtensionType(0x1234);
 
+    const LATER: [u8; 8] = [1, 2, 3, 4, 5, 6, 7, 8];
+
     fn reference(name: &str, format: &str) -> BackingReference {
         BackingReference {
             file: name.into(),
@@ -144,6 +146,10 @@ mod tests {
             let format = backing.format.clone().into_bytes();
             header = header.with_extension(ExtensionType::BACKING_FORMAT, format);
         }
+        if version == Version::V3 {
+            // Fields of a later version of the format.
+            header.additional_fields.extend(LATER);
+        }
         header = header.with_extension(OTHER, b"another program's".to_vec());
         header = header.with_extension(SEETHROUGH_EXTENSION, vec![b'x'; len]);
         header.encode().unwrap()
@@ -152,6 +158,7 @@ mod tests {
     fn said(storage: &dyn Storage) -> Option<BackingReference> {
         let header = block_on(Header::read(storage)).unwrap();
         assert_eq!(header.extension(OTHER), Some(&b"another program's"[..]));
+        assert!(header.version == Version::V2 || header.additional_fields.ends_with(&LATER));
         let other = header.extension(SEETHROUGH_EXTENSION).unwrap();
         assert!(other.iter().all(|byte| *byte == b'x'));
         header.backing_file.as_ref().map(|file| BackingReference {
