@@ -315,7 +315,7 @@ mod tests {
         let faulty = Arc::new(FaultStorage::with_delays(below, Delays::up_to(3, 1)));
         let above = Arc::clone(&faulty) as Arc<dyn Storage>;
         let disk = block_on(Qcow2::open(above, None, Access::ReadWrite)).unwrap();
-        let data = IoBuf::from_bytes(&[7; 64 * CLUSTER as usize]);
+        let data = IoBuf::from_bytes(&[7; 256 << 10]);
         block_on(disk.write(GuestOffset(0), data)).unwrap();
         block_on(disk.flush()).unwrap();
         let read = disk.grace.enter();
@@ -349,11 +349,14 @@ mod tests {
                 continue;
             }
             closed += 1;
-            for cut in storage.moments() {
-                let left = storage.after_power_cut(cut, Lost::Some { seed: cut.0 });
+            for (cut, seed) in storage
+                .moments()
+                .flat_map(|cut| (0..8).map(move |seed| (cut, seed)))
+            {
+                let left = storage.after_power_cut(cut, Lost::Some { seed });
                 assert!(
                     is_marked(&left) || is_clean(&left),
-                    "{turns} turns, {cut:?}"
+                    "{turns} turns, {cut:?} {seed}"
                 );
             }
             for nth in 0..6 {
