@@ -285,15 +285,17 @@ mod tests {
         BaseDeclaration {
             id: "0".repeat(32),
             filesystem: None,
-            regions: vec![Region {
-                name: "photos".into(),
-                sharing: Sharing::Shared,
-                extent: Extent::Partition {
-                    number: 1,
-                    start: 0,
-                    length: 512,
-                },
-            }],
+            regions: [("photos", 1), ("videos", 2)]
+                .map(|(name, number)| Region {
+                    name: name.into(),
+                    sharing: Sharing::Shared,
+                    extent: Extent::Partition {
+                        number,
+                        start: u64::from(number) * 512,
+                        length: 512,
+                    },
+                })
+                .into(),
             leases: Vec::new(),
         }
     }
@@ -393,6 +395,30 @@ mod tests {
         drop(holding);
         let error = refusal(bed.claim("copy", &copy, Unmounted::Not));
         assert!(error.contains("undo"), "{error}");
+    }
+
+    #[test]
+    fn an_overlay_knows_two_nonces_at_most_however_often_it_is_opened() {
+        let bed = Bed::new();
+        let tom = overlay();
+        for _ in 0..4 {
+            drop(bed.claim("tom", &tom, Unmounted::Cleanly).unwrap());
+        }
+        assert_eq!(tom.child().nonces.len(), 2);
+    }
+
+    #[test]
+    fn what_others_have_not_let_go_of_is_not_settled_and_what_one_holds_oneself_is() {
+        let bed = Bed::new();
+        let (tom, ann) = (overlay(), overlay());
+        let holding = bed.claim("tom", &tom, Unmounted::Cleanly).unwrap();
+        let declared = || block_on(bed.leases.declaration.lock()).clone();
+        check_settled(&declared(), &tom.child()).unwrap();
+        let error = check_settled(&declared(), &ann.child()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Refused);
+        assert!(error.to_string().contains("held by tom"), "{error}");
+        block_on(holding.give_back()).unwrap();
+        check_settled(&declared(), &ann.child()).unwrap();
     }
 
     #[test]

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use seethrough::error::{Error, ErrorKind};
 use seethrough::ext4::layout::Kind;
-use seethrough::image::{Image, ImageFuture, Mapped, RawImage};
-use seethrough::storage::{Access, Delays, FaultStorage, ZeroMode};
+use seethrough::image::{Image, ImageFuture, Mapped, RawImage, ReadOnlyImage};
+use seethrough::storage::{Access, CrashStorage, Delays, FaultStorage, Storage, ZeroMode};
 use seethrough::sys::{IoBuf, block_on};
 use seethrough::units::{BlockGroup, GuestOffset};
 use seethrough::view::View;
@@ -461,8 +461,10 @@ fn a_shared_descriptor_that_no_kernel_writes_is_dropped() {
     let honest = descriptor(&view, at, family.photos);
     let probe = family.bed.probe();
     let checksums = &probe.superblock().checksums;
-    // A bitmap elsewhere, more free blocks than there are, unknown flags; and a wrong checksum.
-    for (byte, sealed) in [(0x00, true), (0x0d, true), (0x12 + 1, true), (0x0c, false)] {
+    // A bitmap elsewhere; more free blocks, free inodes, directories and inodes never used than there are; unknown flags;
+    // and a wrong checksum.
+    let forgeries = [0x00, 0x0d, 0x0f, 0x11, 0x1d, 0x13].map(|byte| (byte, true));
+    for (byte, sealed) in forgeries.into_iter().chain([(0x0c, false)]) {
         let mut forged = honest.clone();
         forged[byte] ^= 0x80;
         if sealed {
@@ -478,6 +480,9 @@ fn a_shared_descriptor_that_no_kernel_writes_is_dropped() {
         assert!(family.bed.storage.contents() == before, "{byte:#x}");
     }
 }
+
+/// `s_mnt_count`, its lower half.
+const MNT_COUNT: usize = 0x34;
 
 /// Puts another number of free blocks into a descriptor.
 fn with_free_blocks(descriptor: &[u8], bed: &Bed, group: BlockGroup, less: u16) -> Vec<u8> {
@@ -523,10 +528,15 @@ fn writers_of_one_descriptor_block_lose_nothing_and_the_count_stays_true() {
             let new = with_free_blocks(&old, &family.bed, group, less);
             (view, GuestOffset(at + u64::from(group.0) * 64), new)
         });
-        let mut writes: Vec<_> = changes
+        // The base's VM writes its superblock meanwhile.
+        let mut superblock: [u8; 1024] = read(&base, 1024, 1024).try_into().unwrap();
+        superblock[MNT_COUNT] = 0x5a;
+        seethrough::ext4::superblock::seal(&mut superblock);
+        let writes = changes
             .iter()
-            .map(|(view, at, new)| view.write(*at, IoBuf::from_bytes(new)))
-            .collect();
+            .map(|(view, at, new)| view.write(*at, IoBuf::from_bytes(new)));
+        let counted = base.write(GuestOffset(1024), IoBuf::from_bytes(&superblock));
+        let mut writes: Vec<_> = writes.chain([counted]).collect();
         block_on(std::future::poll_fn(|context| {
             writes.retain_mut(|write| write.as_mut().poll(context).is_pending());
             if writes.is_empty() {
@@ -544,28 +554,124 @@ fn writers_of_one_descriptor_block_lose_nothing_and_the_count_stays_true() {
             hidden,
             "the base's own count stays"
         );
+        let stored = family.bed.storage.contents();
+        assert_eq!(stored[1024 + MNT_COUNT], 0x5a, "seed {seed}");
     }
+}
+
+/// What a child owns in the base: the last blocks but one of `photos`.
+fn own_block(family: &Family) -> u64 {
+    let probe = family.bed.probe();
+    probe.superblock().group_blocks(family.photos).end * 4096 - 8192
+}
+
+/// Sees that whatever is in the base is durable when a region is given back.
+struct Careful {
+    kept: Arc<Kept>,
+    storage: Arc<CrashStorage>,
+}
+
+impl Keeper for Careful {
+    fn keep<'a>(&'a self, declaration: &'a Declaration) -> ImageFuture<'a> {
+        if let Declaration::Base(base) = declaration
+            && base.leases.is_empty()
+        {
+            assert_eq!(self.storage.volatile_changes(), 0);
+        }
+        self.kept.keep(declaration)
+    }
+}
+
+#[test]
+fn what_was_written_in_the_base_is_durable_after_a_flush_and_before_the_region_is_given_back() {
+    let family = Family::new(&DEFAULTS);
+    let tom = family.member("tom", &["photos"]);
+    let storage = Arc::new(CrashStorage::new(
+        family.bed.storage.contents(),
+        Delays::none(),
+    ));
+    let disk = RawImage::new(Arc::clone(&storage) as Arc<dyn Storage>, Access::ReadWrite);
+    let keeper = Careful {
+        kept: Arc::clone(&family.kept),
+        storage: Arc::clone(&storage),
+    };
+    let opened =
+        SharedBase::open_kept(Arc::new(disk), family.declaration(), Some(Arc::new(keeper)));
+    let process = block_on(opened).unwrap();
+    let view = tom.open(&process);
+    let at = own_block(&family);
+    write(&view, at, &[1; 4096]).unwrap();
+    assert_ne!(storage.volatile_changes(), 0);
+    block_on(view.flush()).unwrap();
+    assert_eq!(storage.volatile_changes(), 0);
+    write(&view, at, &[2; 4096]).unwrap();
+    block_on(view.close()).unwrap();
+    assert_eq!(storage.volatile_changes(), 0);
+    assert!(family.declaration().leases.is_empty());
+}
+
+#[test]
+fn a_child_that_is_read_only_writes_nothing_in_the_base() {
+    let family = Family::new(&DEFAULTS);
+    let tom = family.member("tom", &["photos"]);
+    let process = family.process();
+    let overlay = Arc::new(ReadOnlyImage::new(tom.overlay.clone()));
+    let view = block_on(open_child("tom", overlay, &tom.declaration(), &process)).unwrap();
+    let before = family.bed.storage.contents();
+    let (at, len) = (GuestOffset(own_block(&family)), 4096);
+    assert!(matches!(view.map_write(at, len), Mapped::Slow));
+    let refused = [
+        block_on(view.write(at, IoBuf::zeroed(4096))),
+        block_on(view.write_zeroes(at, len, ZeroMode::KeepAllocated)),
+        block_on(view.discard(at, len)),
+    ];
+    for result in refused {
+        assert_eq!(result.unwrap_err().kind(), ErrorKind::ReadOnly);
+    }
+    assert!(family.bed.storage.contents() == before);
+    assert!(family.declaration().leases.is_empty(), "it holds nothing");
+}
+
+/// Makes the base's superblock count something else.
+fn miscount(family: &Family) {
+    let mut block = family.bed.storage.contents()[..4096].to_vec();
+    block[1024 + 0x0c] ^= 0x55;
+    put_first_block(family, &mut block);
+}
+
+fn put_first_block(family: &Family, block: &mut [u8]) {
+    let superblock: &mut [u8; 1024] = (&mut block[1024..2048]).try_into().unwrap();
+    seethrough::ext4::superblock::seal(superblock);
+    let base = &family.bed.base;
+    block_on(base.write(GuestOffset(0), IoBuf::from_bytes(block))).unwrap();
 }
 
 #[test]
 fn a_count_that_a_crash_left_behind_is_made_true_when_the_base_is_opened() {
     let family = Family::new(&DEFAULTS);
     let free = stored_free_blocks(&family.bed);
-    let mut block = family.bed.storage.contents()[..4096].to_vec();
-    block[1024 + 0x0c] ^= 0x55;
-    let superblock: &mut [u8; 1024] = (&mut block[1024..2048]).try_into().unwrap();
-    seethrough::ext4::superblock::seal(superblock);
-    block_on(
-        family
-            .bed
-            .base
-            .write(GuestOffset(0), IoBuf::from_bytes(&block)),
-    )
-    .unwrap();
+    miscount(&family);
     assert_ne!(stored_free_blocks(&family.bed), free);
     family.process();
     assert_eq!(stored_free_blocks(&family.bed), free);
     family.bed.assert_base_clean();
+}
+
+#[test]
+fn a_count_is_left_alone_while_the_base_is_mounted_or_open_read_only() {
+    let family = Family::new(&DEFAULTS);
+    miscount(&family);
+    let miscounted = family.bed.storage.contents();
+    let disk = RawImage::new(family.bed.storage.clone(), Access::ReadOnly);
+    family.process_on(Arc::new(disk));
+    assert!(family.bed.storage.contents() == miscounted);
+    // needs_recovery
+    let mut block = miscounted[..4096].to_vec();
+    block[1024 + 0x60] |= 4;
+    put_first_block(&family, &mut block);
+    let mounted = family.bed.storage.contents();
+    family.process();
+    assert!(family.bed.storage.contents() == mounted);
 }
 
 #[test]
