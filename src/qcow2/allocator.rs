@@ -19,13 +19,11 @@
 //!
 //! Lock order: `state`, then the block cache's.
 
-use std::collections::{BTreeSet, HashSet};
-use std::hash::BuildHasherDefault;
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::address_hash::AddressHasher;
 use super::cluster_ranges::ClusterRanges;
 use super::entry::decode_refcount_table_entry;
 use super::geometry::{Geometry, to_usize};
@@ -100,7 +98,7 @@ pub(super) struct State {
     /// Header, L1 tables, refcount table, snapshot table.
     fixed: ClusterRanges,
     /// Refcount blocks and L2 tables.
-    tables: HashSet<u64, BuildHasherDefault<AddressHasher>>,
+    tables: BTreeSet<u64>,
 }
 
 /// The fixed parts of an image when it is opened.
@@ -299,6 +297,13 @@ impl Allocator {
         self.lock().tables.contains(&cluster.0)
     }
 
+    /// Whether any cluster of these runs, of which none is empty, holds metadata.
+    pub(super) fn holds_metadata(&self, runs: impl Iterator<Item = Range<u64>>) -> bool {
+        let state = self.lock();
+        runs.into_iter()
+            .any(|run| state.check_not_metadata(&run).is_err())
+    }
+
     /// The first of these clusters that holds metadata, which no guest data may overwrite.
     pub(super) fn first_metadata(
         &self,
@@ -410,7 +415,7 @@ impl State {
     /// Invariant 5.
     fn check_not_metadata(&self, run: &Range<u64>) -> Result<()> {
         let fixed = self.fixed.overlaps(run);
-        if fixed || run.clone().any(|cluster| self.tables.contains(&cluster)) {
+        if fixed || self.tables.range(run.clone()).next().is_some() {
             return Err(Error::new(
                 ErrorKind::Corrupt,
                 format!(

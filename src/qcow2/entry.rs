@@ -116,6 +116,11 @@ pub(super) fn decode_refcount_table_entry(
     Ok((word != 0).then_some(HostOffset(word)))
 }
 
+/// The host cluster that an L2 entry says to own, judged by its descriptor alone.
+pub(super) fn own_host(descriptor: u64) -> Option<HostOffset> {
+    (descriptor & (COPIED | COMPRESSED) == COPIED).then_some(HostOffset(descriptor & OFFSET))
+}
+
 /// An entry of an L2 table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum L2Entry {

@@ -7,11 +7,12 @@
 //! 2. The caller holds a token of `grace` from before the lookup until its I/O has ended, so that the host clusters
 //!    in the answer are not given to other data meanwhile.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::compressed::CompressedExtent;
 use super::engine::Qcow2;
-use super::entry::{Cluster, Defect, L2Entry};
+use super::entry::{Cluster, Defect, L2Entry, own_host};
 use super::geometry::{Geometry, to_usize};
 use super::table_cache::Slice;
 use crate::error::{Error, ErrorKind, Result};
@@ -355,7 +356,8 @@ impl Qcow2 {
     }
 
     fn vet(&self, at: HostOffset, slice: &[u8]) {
-        if self.geometry.has_data_file() {
+        let runs = self.runs_of_own_clusters(slice);
+        if self.geometry.has_data_file() || !self.allocator.holds_metadata(runs) {
             return;
         }
         let entries = (0..slice.len()).step_by(to_usize(self.geometry.l2_entry_size()));
@@ -368,6 +370,25 @@ impl Qcow2 {
                 "an L2 entry in the table around {at:#x} gives metadata in host cluster {cluster} to the guest"
             ));
         }
+    }
+
+    /// The host clusters that entries of a slice say to own, whether these make sense or not: those that follow each
+    /// other are one run.
+    fn runs_of_own_clusters(&self, slice: &[u8]) -> impl Iterator<Item = Range<u64>> {
+        let entries = slice.chunks_exact(to_usize(self.geometry.l2_entry_size()));
+        let mut own = entries
+            .filter_map(|entry| entry.first_chunk())
+            .filter_map(|word| own_host(u64::from_be_bytes(*word)))
+            .map(|host| self.geometry.host_cluster(host).0)
+            .peekable();
+        std::iter::from_fn(move || {
+            let start = own.next()?;
+            let mut end = start + 1;
+            while own.next_if_eq(&end).is_some() {
+                end += 1;
+            }
+            Some(start..end)
+        })
     }
 }
 
