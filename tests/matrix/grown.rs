@@ -8,11 +8,15 @@ use std::path::Path;
 
 use rustix::fs::statvfs;
 use seethrough::chain::host::{HostOptions, Locking};
-use seethrough::chain::registry::{DiskRequest, Registry};
+use seethrough::chain::registry::{DiskRequest, OpenImage, Registry};
 use seethrough::image::{Access, Image};
-use seethrough::sys::block_on;
-use seethrough::view::declared::Declared;
+use seethrough::sys::{IoBuf, block_on};
+use seethrough::units::{BlockGroup, GuestOffset};
+use seethrough::view::View;
+use seethrough::view::declaration::{BaseDeclaration, ChildDeclaration, Declaration, Extent};
+use seethrough::view::declared::{Declared, declaration_of};
 use seethrough::view::group_map::GroupMap;
+use seethrough::view::open::{SharedBase, child_territory, open_base, open_child};
 use seethrough::view::room::Room;
 
 use crate::bed::{Bed, Kernel, dump};
@@ -170,4 +174,82 @@ fn a_child_of_every_filesystem_has_groups_behind_its_end() {
         .map(|row| row.name)
         .collect();
     assert!(failed.is_empty(), "failed: {failed:?}");
+}
+
+/// The base, and two children of the same region, each with groups of its own behind the base's end.
+fn siblings(
+    bed: &Bed,
+) -> (
+    SharedBase,
+    BaseDeclaration,
+    Vec<(OpenImage, ChildDeclaration)>,
+) {
+    bed.prepare_grown("40M");
+    bed.run("seethrough create -q -b base.qcow2 --region local --grow 40M ann.qcow2");
+    let requests = ["base.qcow2", "tom.qcow2", "ann.qcow2"].map(|name| DiskRequest {
+        path: bed.path(name),
+        format: None,
+        access: Access::ReadWrite,
+    });
+    let registry = Registry::new(HostOptions::default());
+    let mut disks = block_on(registry.open_family(&requests))
+        .unwrap()
+        .into_iter();
+    let base = disks.next().unwrap();
+    let Some(Declaration::Base(declaration)) = declaration_of(&base.source).unwrap() else {
+        panic!("a base says that it is one");
+    };
+    let children = disks.map(|disk| match declaration_of(&disk.source).unwrap() {
+        Some(Declaration::Child(child)) => (disk, child),
+        other => panic!("no child: {other:?}"),
+    });
+    let children = children.collect();
+    let shared = block_on(SharedBase::open(base.image, declaration.clone())).unwrap();
+    (shared, declaration, children)
+}
+
+#[test]
+fn what_lies_behind_a_bases_end_is_one_childs_alone() {
+    const WRITTEN: [u8; 512] = [0xa5; 512];
+    let bed = Bed::new(&GROWN[0]);
+    let (base, _, children) = siblings(&bed);
+    let views: Vec<View> = children
+        .iter()
+        .map(|(disk, child)| block_on(open_child("vm", disk.image.clone(), child, &base)).unwrap())
+        .collect();
+    let base_view = block_on(open_base("base", &base)).unwrap();
+    let before = [dump(&base_view), dump(&views[1])];
+    let end = base_view.virtual_size();
+    // Descriptors, bitmaps, inode tables, copies and data alike: all of a new group is its owner's.
+    for at in (end..views[0].virtual_size()).step_by(1024) {
+        let buf = IoBuf::from_bytes(&WRITTEN);
+        block_on(views[0].write(GuestOffset(at), buf.clone())).unwrap();
+        assert!(block_on(base_view.write(GuestOffset(at), buf)).is_err());
+    }
+    assert_eq!(views[0].refusals().total(), 0);
+    assert!([dump(&base_view), dump(&views[1])] == before);
+    let own = dump(&views[0]);
+    let own = &own[usize::try_from(end).unwrap()..];
+    assert!(own.chunks(1024).all(|chunk| chunk.starts_with(&WRITTEN)));
+}
+
+#[test]
+fn no_region_reaches_into_groups_that_a_child_alone_has() {
+    let bed = Bed::new(&GROWN[0]);
+    let (base, mut declaration, mut children) = siblings(&bed);
+    let (_, child) = &mut children[0];
+    let disk = base.committed();
+    block_on(child_territory(&**disk, &declaration, child)).unwrap();
+    // Both say so: a region with the first of the new groups.
+    for region in declaration.regions.iter_mut().chain(&mut child.regions) {
+        if let Extent::Groups { list, .. } = &mut region.extent {
+            let new = u32::try_from(bed.row.megabytes).unwrap();
+            *list = list.iter().chain([BlockGroup(new)]).collect();
+        }
+    }
+    let error = block_on(child_territory(&**disk, &declaration, child)).unwrap_err();
+    assert!(
+        error.to_string().contains("there is no block group"),
+        "{error}"
+    );
 }
