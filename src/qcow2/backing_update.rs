@@ -285,4 +285,37 @@ mod tests {
             );
         }
     }
+
+    #[test]
+    fn a_format_outside_the_first_sector_never_says_what_the_other_name_is() {
+        let old = reference("b.raw", "raw");
+        let mut header = Header::new(Version::V3, 12, 1 << 20);
+        header.l1_size = 2;
+        header.l1_table_offset = HostOffset(3 << 12);
+        header.refcount_table_offset = HostOffset(1 << 12);
+        header.refcount_table_clusters = 1;
+        header.backing_file = Some(old.file.clone());
+        header.additional_fields.extend(LATER);
+        let mut header = header
+            .with_extension(OTHER, b"another program's".to_vec())
+            .with_extension(SEETHROUGH_EXTENSION, vec![b'x'; 900])
+            .with_extension(FORMAT, b"raw".to_vec());
+        let bytes = header.encode().unwrap();
+        let storage = CrashStorage::new(bytes.clone(), Delays::none());
+        let new = reference("base.qcow2", "qcow2");
+        block_on(set_backing(&storage, Some(&new))).unwrap();
+        for cut in storage.moments() {
+            for seed in 0..16 {
+                let left = storage.after_power_cut(cut, Lost::Some { seed });
+                let said = said(&MemoryStorage::new(left)).unwrap();
+                assert!(said == old || said == new, "{cut:?} {seed}: {said:?}");
+            }
+        }
+        // Its extension is too long for the place of the old one.
+        let storage = MemoryStorage::new(bytes.clone());
+        let long = reference("new", "a format with a long name");
+        let error = block_on(set_backing(&storage, Some(&long))).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+        assert!(storage.contents() == bytes);
+    }
 }

@@ -205,7 +205,7 @@ mod tests {
     use crate::image::{Access, Image};
     use crate::progress::Progress;
     use crate::qcow2::check::check;
-    use crate::qcow2::create::{BackingReference, CreateOptions, create};
+    use crate::qcow2::create::{BackingReference, CreateOptions, DataFileReference, create};
     use crate::qcow2::features::IncompatibleFeatures;
     use crate::storage::{
         CrashStorage, Delays, Fault, FaultStorage, Lost, MemoryStorage, Operation, Storage,
@@ -452,5 +452,55 @@ mod tests {
         assert!(word(&bytes, l2) > 1, "its own room stays");
         assert_eq!(word(&bytes, l2 + 8), 1, "the zero flag alone");
         assert!(is_clean(&bytes));
+    }
+
+    #[test]
+    fn a_data_file_is_as_long_as_the_disk_and_shows_nothing_old_that_it_had_behind_it() {
+        for layout in [Layout::Clusters, Layout::Raw] {
+            let bytes = made(&CreateOptions {
+                cluster_size: CLUSTER as u64,
+                data_file: Some(DataFileReference {
+                    file: "data".into(),
+                    layout,
+                }),
+                ..CreateOptions::new(1 << 20)
+            });
+            let storage = Arc::new(MemoryStorage::new(bytes));
+            let data = Arc::new(MemoryStorage::new(vec![9; 4 << 20]));
+            let open = || {
+                let storage = Arc::clone(&storage) as Arc<dyn Storage>;
+                let data = Some(Arc::clone(&data) as Arc<dyn Storage>);
+                block_on(Qcow2::open_with_data(
+                    storage,
+                    data,
+                    None,
+                    Access::ReadWrite,
+                ))
+                .unwrap()
+            };
+            let disk = block_on(open().resize(2 << 20)).unwrap();
+            assert_eq!(data.len(), 2 << 20);
+            assert_eq!(first_byte(&disk, 1 << 20), 0);
+            assert!(data.contents()[1 << 20..].iter().all(|byte| *byte == 0));
+            if layout == Layout::Raw {
+                // Others write to it, too.
+                let written = IoBuf::from_bytes(&[5; 512]);
+                block_on(data.writev(HostOffset(1 << 20), written)).unwrap();
+                assert_eq!(first_byte(&disk, 1 << 20), 5);
+            }
+            drop(disk);
+            drop(block_on(open().resize(512 << 10)).unwrap());
+            assert_eq!(data.len(), 512 << 10);
+            assert!(is_clean(&storage.contents()));
+        }
+    }
+
+    #[test]
+    fn a_size_of_half_a_sector_is_refused() {
+        let disk = open(Arc::new(MemoryStorage::new(empty(1 << 20))));
+        let error = block_on(disk.resize((1 << 20) + 256))
+            .map(drop)
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
     }
 }

@@ -100,6 +100,31 @@ fn a_write_marks_the_bitmaps_that_should_have_recorded_it_and_leaves_a_clean_ima
 }
 
 #[test]
+fn no_bitmap_is_trusted_after_another_size_not_even_a_disabled_one() {
+    let file = File::create();
+    for size in [2 << 20, 8 << 20] {
+        let bytes = std::fs::read(&file.path).unwrap();
+        let storage = Arc::new(CrashStorage::new(bytes.clone(), Delays::none()));
+        let image = open(Arc::clone(&storage) as Arc<dyn Storage>);
+        drop(block_on(image.resize(size)).unwrap());
+        for cut in storage.moments() {
+            let left = storage.after_power_cut(cut, Lost::Some { seed: cut.0 });
+            let has_old_size = left[24..32] == bytes[24..32];
+            std::fs::write(&file.path, left).unwrap();
+            let bitmaps = file.bitmaps();
+            let is_trusted =
+                |(_, flags): &(String, Vec<String>)| !flags.contains(&"in-use".to_owned());
+            assert_eq!(bitmaps.len(), 2, "{cut:?}");
+            assert!(
+                has_old_size || !bitmaps.iter().any(is_trusted),
+                "{cut:?}: {bitmaps:?}"
+            );
+        }
+        std::fs::write(&file.path, bytes).unwrap();
+    }
+}
+
+#[test]
 fn a_power_cut_leaves_no_write_that_a_trusted_bitmap_has_not_recorded() {
     let file = File::create();
     let storage = Arc::new(CrashStorage::new(

@@ -407,7 +407,7 @@ mod tests {
         let progress = Progress::default();
         block_on(repair(&crash, Repair::All, &mut |_| {}, &progress)).unwrap();
         for cut in crash.moments() {
-            for seed in 0..4 {
+            for seed in 0..16 {
                 let left = crash.after_power_cut(cut, Lost::Some { seed });
                 let left = Arc::new(MemoryStorage::new(left));
                 let (repaired, lines) = work(&left, Repair::All);
