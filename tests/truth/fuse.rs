@@ -106,7 +106,9 @@ impl Sockets {
                 let mode = u32_at(body, 24);
                 self.on_disk(node, |disk| {
                     if mode & PUNCH_HOLE != 0 {
-                        block_on(disk.discard(at, len))
+                        // A hole is zeros, and what is discarded may stay; a loop device asks for both in this way.
+                        block_on(disk.discard(at, len))?;
+                        block_on(disk.write_zeroes(at, len, ZeroMode::MayUnmap))
                     } else {
                         block_on(disk.write_zeroes(at, len, ZeroMode::KeepAllocated))
                     }
