@@ -1,13 +1,13 @@
 //! Reads and writes that the kernel ends in the call itself, so that no ring has to be gone through.
 //!
 //! What lies in memory (in the page cache, or on a filesystem that is nothing but memory) is copied by the calling
-//! thread, whichever way it is asked for. A plain call is then the shortest: a ring hands buffered writes, and all I/O on
-//! tmpfs, to a kernel thread, which costs a wake-up each way and ten times the copy.
+//! thread, whichever way it is asked for. A plain call is then the shortest: a ring hands buffered writes, and all I/O
+//! on tmpfs, to a kernel thread, which costs a wake-up each way and ten times the copy.
 //!
 //! # Invariants
 //!
-//! 1. Nothing here waits for a device: reads through the page cache are asked for with `RWF_NOWAIT`, and everything else
-//!    is asked for only where there is no device. What is not done at once is left to the ring.
+//! 1. Nothing here waits for a device: reads through the page cache are asked for with `RWF_NOWAIT`, and everything
+//!    else is asked for only where there is no device. What is not done at once is left to the ring.
 //! 2. Whatever has been moved is moved once: what is left for the ring begins where this ended.
 
 use std::io;

@@ -10,8 +10,8 @@ use super::op::{Call, Owner};
 use super::ring::{Ring, Slot};
 use super::{HostFile, Reactor};
 
-/// An operation on a host file. It starts when it is first polled, on the ring of the thread that polls it, or ends then
-/// where the file is [prompt](super::Promptness).
+/// An operation on a host file. It starts when it is first polled, on the ring of the thread that polls it, or ends
+/// then where the file is [prompt](super::Promptness).
 ///
 /// Dropped before its end, it may or may not take effect; its buffer stays with the ring until the kernel is
 /// done with it.

@@ -1,8 +1,8 @@
 //! Signalling an eventfd whose file description somebody else has, too.
 //!
 //! write(2) on an eventfd waits while the counter is full, unless the description is non-blocking; and whoever has
-//! the description can fill the counter and change the flag at any moment. The kernel's own way of signalling, which its
-//! drivers use, never waits: it adds what there is room for. A ring whose completions are signalled on the eventfd
+//! the description can fill the counter and change the flag at any moment. The kernel's own way of signalling, which
+//! its drivers use, never waits: it adds what there is room for. A ring whose completions are signalled on the eventfd
 //! (`IORING_REGISTER_EVENTFD`) gives that to a process: an operation that does nothing makes one signal, in one system
 //! call, as the write would.
 

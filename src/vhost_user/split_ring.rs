@@ -1,8 +1,8 @@
 //! A split virtqueue as its worker goes through it (virtio 1.3, section 2.7).
 //!
 //! `virtio_queue::Queue` looks for the region of guest memory with each access to the ring, which is more work than the
-//! rest of a small request. Here the three areas are found once for a whole batch ([`Areas`]), and accesses are loads and
-//! stores in them.
+//! rest of a small request. Here the three areas are found once for a whole batch ([`Areas`]), and accesses are loads
+//! and stores in them.
 //!
 //! # Invariants
 //!
