@@ -41,7 +41,7 @@ const BATCH: usize = 64;
 /// Looks at an empty ring while there is nothing else to do, before the clock is looked at.
 const LOOKS: usize = 8;
 /// Bytes that are moved at once before the driver is told, so that it goes on meanwhile.
-const TOLD_AFTER: u64 = 256 << 10;
+const TOLD_AFTER: u64 = 24 << 10;
 
 /// What a vring's worker is given when it starts.
 pub(super) struct Setup {
