@@ -5,7 +5,8 @@
 //! 1. A worker ends only when nothing that it has taken is under way (see the folder's invariant 1).
 //! 2. Before it sleeps, the driver has been told to notify, and the ring has been looked at once more after that: no
 //!    request is overlooked.
-//! 3. The driver is notified at most once per round, after all that has ended is in the used ring.
+//! 3. The driver is notified at most once per round, after all that has ended is in the used ring; in the midst of a
+//!    round only after so many bytes have been moved that it is worth its while to go on.
 //! 4. On the fast path nothing is allocated and no lock is held; a request with more than a few segments spills its
 //!    segment list to the heap.
 
