@@ -368,6 +368,8 @@ impl Worker {
 
     /// Sleeps until there is something to do.
     fn sleep(&mut self) {
+        // A descriptor of the reactor's that is readable for what has been done meanwhile would end the sleep at once.
+        self.turn();
         if !self.request_kicks() {
             self.suppress_kicks();
             self.polling.worked();
@@ -378,8 +380,6 @@ impl Worker {
         self.wait_for_events();
         self.polling.slept(start.elapsed());
         self.suppress_kicks();
-        // Whatever has made the reactor's descriptor readable, it is not for the next sleep.
-        self.turn();
     }
 
     fn wait_for_events(&mut self) {
