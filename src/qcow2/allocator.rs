@@ -298,10 +298,10 @@ impl Allocator {
     }
 
     /// Whether any cluster of these runs, of which none is empty, holds metadata.
-    pub(super) fn holds_metadata(&self, runs: impl Iterator<Item = Range<u64>>) -> bool {
+    pub(super) fn holds_metadata(&self, runs: &[Range<u64>]) -> bool {
         let state = self.lock();
-        runs.into_iter()
-            .any(|run| state.check_not_metadata(&run).is_err())
+        runs.iter()
+            .any(|run| state.check_not_metadata(run).is_err())
     }
 
     /// The first of these clusters that holds metadata, which no guest data may overwrite.

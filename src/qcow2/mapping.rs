@@ -10,6 +10,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use super::compressed::CompressedExtent;
 use super::engine::Qcow2;
 use super::entry::{Cluster, Defect, L2Entry, own_host};
@@ -356,8 +358,11 @@ impl Qcow2 {
     }
 
     fn vet(&self, at: HostOffset, slice: &[u8]) {
-        let runs = self.runs_of_own_clusters(slice);
-        if self.geometry.has_data_file() || !self.allocator.holds_metadata(runs) {
+        if self.geometry.has_data_file() {
+            return;
+        }
+        let runs = runs_of_own_clusters(&self.geometry, slice);
+        if !self.allocator.holds_metadata(&runs) {
             return;
         }
         let entries = (0..slice.len()).step_by(to_usize(self.geometry.l2_entry_size()));
@@ -371,25 +376,26 @@ impl Qcow2 {
             ));
         }
     }
+}
 
-    /// The host clusters that entries of a slice say to own, whether these make sense or not: those that follow each
-    /// other are one run.
-    fn runs_of_own_clusters(&self, slice: &[u8]) -> impl Iterator<Item = Range<u64>> {
-        let entries = slice.chunks_exact(to_usize(self.geometry.l2_entry_size()));
-        let mut own = entries
-            .filter_map(|entry| entry.first_chunk())
-            .filter_map(|word| own_host(u64::from_be_bytes(*word)))
-            .map(|host| self.geometry.host_cluster(host).0)
-            .peekable();
-        std::iter::from_fn(move || {
-            let start = own.next()?;
-            let mut end = start + 1;
-            while own.next_if_eq(&end).is_some() {
-                end += 1;
-            }
-            Some(start..end)
-        })
+/// The host clusters that entries of a slice say to own, whether these make sense or not: those that follow each other
+/// are one run. Plain loops, since every table that comes from disk passes here.
+fn runs_of_own_clusters(geometry: &Geometry, slice: &[u8]) -> SmallVec<[Range<u64>; 8]> {
+    let mut runs: SmallVec<[Range<u64>; 8]> = SmallVec::new();
+    for entry in slice.chunks_exact(to_usize(geometry.l2_entry_size())) {
+        let descriptor = entry
+            .first_chunk()
+            .map_or(0, |word| u64::from_be_bytes(*word));
+        let Some(host) = own_host(descriptor) else {
+            continue;
+        };
+        let cluster = geometry.host_cluster(host).0;
+        match runs.last_mut() {
+            Some(run) if run.end == cluster => run.end += 1,
+            _ => runs.push(cluster..cluster + 1),
+        }
     }
+    runs
 }
 
 #[cfg(test)]
@@ -421,6 +427,24 @@ mod tests {
         let entries = [(0x5_0000, 0), (0x6_0000, 0), (0x8_0000, 0)];
         let expected = (ReadMapping::Data(HostOffset(0x5_0100)), 0x1_ff00);
         assert_eq!(read_run(false, &entries, 0x100, 0x3_0000), expected);
+    }
+
+    #[test]
+    fn own_clusters_that_follow_each_other_are_one_run() {
+        const OWN: u64 = 1 << 63;
+        const COMPRESSED: u64 = 1 << 62;
+        let words = [
+            OWN | 0x5_0000,
+            OWN | 0x6_0000,
+            0x7_0000,
+            0,
+            OWN | COMPRESSED | 0x8_0000,
+            OWN | 0x7_0000,
+            OWN | 0x5_0000,
+        ];
+        let slice: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+        let runs = runs_of_own_clusters(&geometry(16, 4, false), &slice);
+        assert_eq!(runs[..], [5..8, 5..6]);
     }
 
     #[test]
